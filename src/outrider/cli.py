@@ -1,0 +1,178 @@
+"""The command line. Parses, calls one function, prints; a mistake becomes one sentence and exit code 2.
+
+Doors are imported inside their commands: `outrider --help` must not load torch.
+"""
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import outrider
+from outrider.errors import CallerError, OutriderError
+
+SAID_WRONG = 2  # exit code: the caller can mend it
+WENT_WRONG = 1  # exit code: it ran, and the answer is no
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="outrider",
+    help="Rides ahead of an LLM: moves KV cache, experts and requests to where they will be needed.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+memory_app = typer.Typer(help="KV blocks beyond the engine: a host tier in shared memory, a disk tier behind it.", no_args_is_help=True)
+app.add_typer(memory_app, name="memory")
+
+Port = Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)]
+Host = Annotated[str, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")]
+JournalDir = Annotated[Path | None, typer.Option("--journal", help="Existing directory to write this policy's journal into.")]
+
+
+class Order(StrEnum):
+    """How the gateway orders waiting calls."""
+
+    fcfs = "fcfs"
+    srtf = "srtf"
+
+
+class Routing(StrEnum):
+    """How the gateway chooses an engine."""
+
+    sticky = "sticky"
+    residency = "residency"
+
+
+@app.command(epilog="Example:  outrider engine --model smollm2 --port 8001 --kv-tokens 4096")
+def engine(
+    model: Annotated[str, typer.Option(help="smollm2 (real weights), tiny-moe (random weights), or a local model directory.")],
+    port: Port,
+    kv_tokens: Annotated[int, typer.Option(help="Size of the paged KV cache, in tokens.", min=32)],
+    memory: Annotated[Path | None, typer.Option(help="Socket of `outrider memory serve`: blocks are loaded and saved there.")] = None,
+    host: Host = "127.0.0.1",
+    dtype: Annotated[str, typer.Option(help="float32 (exact) or bfloat16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="CPU threads of the forward pass.", min=1)] = 1,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens computed in one step at most; longer prompts are chunked.", min=16)] = 512,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in one step at most.", min=1)] = 8,
+    block_tokens: Annotated[int, typer.Option(help="Tokens in a KV block.", min=1)] = 16,
+    salt: Annotated[str, typer.Option(help="Tenant: blocks are shared only under the same salt.")] = "",
+) -> None:
+    """The embedded CPU engine: small, readable, for laptops and tests. It is not the product."""
+    from outrider.lab.engine.server import serve
+
+    serve(
+        model, port, kv_tokens, memory, host=host, dtype=dtype, threads=threads, max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs, block_tokens=block_tokens, salt=salt,
+    )  # fmt: skip
+
+
+@memory_app.command("serve", epilog="Example:  outrider memory serve --socket /run/outrider.sock --tiers host=1GiB,disk=8GiB,path=/data/kv")
+def memory_serve(
+    socket: Annotated[Path, typer.Option(help="Unix socket to listen on (mode 0600).")],
+    tiers: Annotated[str, typer.Option(help="Tiers and sizes, fastest first; `path=` names the disk tier's directory.")],
+    journal: JournalDir = None,
+) -> None:
+    """Own the KV blocks of all engines on this machine, until SIGTERM."""
+    from outrider.memory.server import serve
+
+    serve(socket, tiers, journal)
+
+
+@app.command(epilog="Example:  outrider serve --engine http://127.0.0.1:8001 --engine http://127.0.0.1:8002 --port 8000")
+def serve(
+    engine: Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible engine; repeat for several.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; docs/outrider.toml is an example. Options win over it.")] = None,
+    memory: Annotated[Path | None, typer.Option(help="Socket of `outrider memory serve`: wants go there.")] = None,
+    policy: Annotated[Order | None, typer.Option(help="fcfs, or srtf: least predicted remaining workflow first.")] = None,
+    routing: Annotated[Routing | None, typer.Option(help="sticky: by session; residency: by cached prefix and load.")] = None,
+    journal: JournalDir = None,
+) -> None:
+    """The gateway: OpenAI-compatible, before one or more engines; orders, routes and foresees agent calls."""
+    from outrider import settings, stack
+    from outrider.agents.policy import GatewaySettings
+
+    overrides = {
+        "engines": engine, "port": port, "host": host, "memory_attached": True if memory else None,
+        "policy": policy and policy.value, "routing": routing and routing.value,
+    }  # fmt: skip
+    stack.serve_gateway(settings.read(config, "agents", GatewaySettings, overrides), memory, journal)
+
+
+@app.command(epilog="Example:  outrider replay run/agents.jsonl")
+def replay(
+    journal: Annotated[Path, typer.Argument(help="A NAME.jsonl that a live or simulated run wrote.")],
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
+) -> None:
+    """Run a journal through a fresh policy object and compare the commands, byte for byte."""
+    import msgspec
+
+    from outrider import metrics, stack
+
+    agreed, difference = stack.replay(journal)
+    if json:
+        result = {"lines": agreed, "same": difference is None, "difference": difference, "tally": metrics.tally(journal)}
+        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    elif difference is None:
+        Console().print(f"{journal}: {agreed} events, the same commands, byte for byte.")
+    else:
+        out = Console(soft_wrap=True, highlight=False)
+        out.print(f"{journal}: line {difference.line} differs, {agreed} events before it agree.", markup=False)
+        out.print(f"  event     {difference.event}\n  recorded  {difference.recorded}\n  replayed  {difference.replayed}", markup=False)
+    if difference is not None:
+        raise typer.Exit(WENT_WRONG)
+
+
+@app.command(epilog="Example:  outrider demo --repo ~/src/flask --json demo.json")
+def demo(
+    repo: Annotated[Path | None, typer.Option(help="Source tree to review; default: the standard library's asyncio and json.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="2 workflows on tiny-moe (random weights), under a minute: for tests.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Existing directory for journals and logs; default: deleted at the end.")] = None,
+) -> None:
+    """The main job: a multi-agent code review, live, without and with Outrider; then one RL step, unbalanced and balanced."""
+    from outrider.lab.demo import run
+
+    run.run(run.Options(repo=repo, quick=quick, json=json, keep=keep))
+
+
+def _version(show: bool) -> None:
+    if show:
+        Console().print(f"outrider {outrider.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of the whole command line."""
+
+
+def main() -> None:
+    """Run the command line; exit 2 with one sentence where the caller or the world is at fault."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        app(standalone_mode=True)
+    except (CallerError, OutriderError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"outrider: {error}", markup=False)
+        sys.exit(SAID_WRONG)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"outrider: {missing} is not installed. Run: pip install 'outrider[all]' -c constraints.txt", markup=False
+        )
+        sys.exit(SAID_WRONG)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _as_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
