@@ -25,7 +25,18 @@ BANNED = {  # word in a file, class or function name: what to write instead
     "helpers": "a verb: what the function does",
 }
 
-SHELLS = {"move.py", "store.py", "server.py", "layer.py", "gateway.py", "journal.py", "metrics.py", "settings.py", "stack.py", "cli.py"}
+SHELLS = {
+    "move.py",
+    "store.py",
+    "server.py",
+    "layer.py",
+    "gateway.py",
+    "journal.py",
+    "metrics.py",
+    "settings.py",
+    "stack.py",
+    "cli.py",
+}
 SHELL_FOLDERS = {"tiers", "adapters", "lab"}
 IMPURE = {  # module that a pure file may not import: what to do instead
     "time": "take `now` as an argument",
@@ -51,7 +62,9 @@ LEVELS = {"errors": 0, "topology": 1, "wants": 2, "ledger": 3, "journal": 3, "me
 
 def is_pure(path: Path) -> bool:
     parts = path.relative_to(SRC).parts
-    return path.name not in SHELLS and not SHELL_FOLDERS & set(parts) and path.name not in {"__init__.py", "__main__.py"}
+    return (
+        path.name not in SHELLS and not SHELL_FOLDERS & set(parts) and path.name not in {"__init__.py", "__main__.py"}
+    )
 
 
 def where(path: Path, node: ast.AST | None = None) -> str:
@@ -74,7 +87,9 @@ def test_no_file_is_longer_than_the_ceiling() -> None:
     for path in FILES:
         lines = len(path.read_text().splitlines())
         listed = str(path.relative_to(SRC)) in OVER_CEILING
-        assert lines <= CEILING or listed, f"{where(path)} has {lines} lines, ceiling {CEILING}: cut it where its ideas part"
+        assert lines <= CEILING or listed, (
+            f"{where(path)} has {lines} lines, ceiling {CEILING}: cut it where its ideas part"
+        )
 
 
 def test_the_engines_heart_fits_in_600_lines() -> None:
@@ -90,7 +105,9 @@ def test_every_file_says_what_it_is() -> None:
     for path in FILES:
         if path.name == "__init__.py" and not path.read_text().strip():
             continue
-        assert ast.get_docstring(TREES[path]), f"{where(path)}: begin with a docstring: what it does, pure or not, who calls it"
+        assert ast.get_docstring(TREES[path]), (
+            f"{where(path)}: begin with a docstring: what it does, pure or not, who calls it"
+        )
 
 
 def test_no_banned_name() -> None:
@@ -117,7 +134,9 @@ def test_pure_files_touch_nothing(path: Path) -> None:
             is_set = isinstance(loop, ast.Set | ast.SetComp) or (
                 isinstance(loop, ast.Call) and isinstance(loop.func, ast.Name) and loop.func.id in {"set", "frozenset"}
             )
-            assert not is_set, f"{where(path, loop)}: iterates a set: its order differs between runs. Iterate sorted(...)"
+            assert not is_set, (
+                f"{where(path, loop)}: iterates a set: its order differs between runs. Iterate sorted(...)"
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"open", "print", "input", "id", "hash"}, (
                 f"{where(path, node)}: pure code calls {node.func.id}(). Return the value and let a door do it"
@@ -135,7 +154,7 @@ def test_pure_files_know_few_libraries() -> None:
 
 
 def test_import_law() -> None:
-    """topology <- wants <- ledger <- {memory, experts, agents} <- {stack, lab} <- cli; systems never import each other."""
+    """topology <- wants <- ledger <- {memory, experts, agents} <- {stack, lab} <- cli; no system imports another."""
     for path in FILES:
         parts = path.relative_to(SRC).with_suffix("").parts
         own = parts[0]
@@ -147,12 +166,16 @@ def test_import_law() -> None:
             if own in SYSTEMS:
                 bad = other in {"stack", "lab", "cli", "settings"} or (other in SYSTEMS and other != own)
             elif own in LEVELS:
-                bad = other in {*SYSTEMS, "stack", "lab", "cli"} or LEVELS.get(other, 0) >= LEVELS[own] > 0 and other != own
+                bad = other in {*SYSTEMS, "stack", "lab", "cli"} or (
+                    LEVELS.get(other, 0) >= LEVELS[own] > 0 and other != own
+                )
             else:
                 bad = other == "cli" and own != "cli"
             if own == "settings":  # reads every system's settings struct
                 bad = other in {"stack", "lab", "cli"}
-            assert not bad, f"{where(path, node)}: {own} imports outrider.{other}. They meet in wants.py; stack.py hands across"
+            assert not bad, (
+                f"{where(path, node)}: {own} imports outrider.{other}. They meet in wants.py; stack.py hands across"
+            )
 
 
 def test_third_parties_only_at_the_edge() -> None:
@@ -172,7 +195,9 @@ def test_no_promises() -> None:
             assert not re.search(r"\b(TODO|FIXME|XXX)\b|NotImplementedError", line), (
                 f"{path.relative_to(ROOT)}:{number}: a promise. Do it, or name what is left out in the docs"
             )
-            assert not re.search(r"type: ignore\s*$", line), f"{path.relative_to(ROOT)}:{number}: say which error is ignored"
+            assert not re.search(r"type: ignore\s*$", line), (
+                f"{path.relative_to(ROOT)}:{number}: say which error is ignored"
+            )
 
 
 def test_no_silent_handlers() -> None:
@@ -182,7 +207,9 @@ def test_no_silent_handlers() -> None:
                 assert node.type is not None, f"{where(path, node)}: bare except. Name the exception"
                 broad = isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"}
                 silent = all(isinstance(child, ast.Pass) for child in node.body)
-                assert not (broad and silent), f"{where(path, node)}: swallows everything. Name the exception and say what happens"
+                assert not (broad and silent), (
+                    f"{where(path, node)}: swallows everything. Name the exception and say what happens"
+                )
 
 
 def test_importing_outrider_is_quiet_and_light() -> None:

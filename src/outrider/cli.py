@@ -27,12 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-memory_app = typer.Typer(help="KV blocks beyond the engine: a host tier in shared memory, a disk tier behind it.", no_args_is_help=True)
+memory_app = typer.Typer(
+    help="KV blocks beyond the engine: a host tier in shared memory, a disk tier behind it.", no_args_is_help=True
+)
 app.add_typer(memory_app, name="memory")
 
 Port = Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)]
 Host = Annotated[str, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")]
-JournalDir = Annotated[Path | None, typer.Option("--journal", help="Existing directory to write this policy's journal into.")]
+JournalDir = Annotated[
+    Path | None, typer.Option("--journal", help="Existing directory to write this policy's journal into.")
+]
 
 
 class Order(StrEnum):
@@ -51,14 +55,20 @@ class Routing(StrEnum):
 
 @app.command(epilog="Example:  outrider engine --model smollm2 --port 8001 --kv-tokens 4096")
 def engine(
-    model: Annotated[str, typer.Option(help="smollm2 (real weights), tiny-moe (random weights), or a local model directory.")],
+    model: Annotated[
+        str, typer.Option(help="smollm2 (real weights), tiny-moe (random weights), or a local model directory.")
+    ],
     port: Port,
     kv_tokens: Annotated[int, typer.Option(help="Size of the paged KV cache, in tokens.", min=32)],
-    memory: Annotated[Path | None, typer.Option(help="Socket of `outrider memory serve`: blocks are loaded and saved there.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Socket of `outrider memory serve`: blocks are loaded and saved there.")
+    ] = None,
     host: Host = "127.0.0.1",
     dtype: Annotated[str, typer.Option(help="float32 (exact) or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads of the forward pass.", min=1)] = 1,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens computed in one step at most; longer prompts are chunked.", min=16)] = 512,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens computed in one step at most; longer prompts are chunked.", min=16)
+    ] = 512,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in one step at most.", min=1)] = 8,
     block_tokens: Annotated[int, typer.Option(help="Tokens in a KV block.", min=1)] = 16,
     salt: Annotated[str, typer.Option(help="Tenant: blocks are shared only under the same salt.")] = "",
@@ -67,15 +77,29 @@ def engine(
     from outrider.lab.engine.server import serve
 
     serve(
-        model, port, kv_tokens, memory, host=host, dtype=dtype, threads=threads, max_batch_tokens=max_batch_tokens,
-        max_num_seqs=max_num_seqs, block_tokens=block_tokens, salt=salt,
-    )  # fmt: skip
+        model,
+        port,
+        kv_tokens,
+        memory,
+        host=host,
+        dtype=dtype,
+        threads=threads,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        block_tokens=block_tokens,
+        salt=salt,
+    )
 
 
-@memory_app.command("serve", epilog="Example:  outrider memory serve --socket /run/outrider.sock --tiers host=1GiB,disk=8GiB,path=/data/kv")
+@memory_app.command(
+    "serve",
+    epilog="Example:  outrider memory serve --socket /run/outrider.sock --tiers host=1GiB,disk=8GiB,path=/data/kv",
+)
 def memory_serve(
     socket: Annotated[Path, typer.Option(help="Unix socket to listen on (mode 0600).")],
-    tiers: Annotated[str, typer.Option(help="Tiers and sizes, fastest first; `path=` names the disk tier's directory.")],
+    tiers: Annotated[
+        str, typer.Option(help="Tiers and sizes, fastest first; `path=` names the disk tier's directory.")
+    ],
     journal: JournalDir = None,
 ) -> None:
     """Own the KV blocks of all engines on this machine, until SIGTERM."""
@@ -84,15 +108,27 @@ def memory_serve(
     serve(socket, tiers, journal)
 
 
-@app.command(epilog="Example:  outrider serve --engine http://127.0.0.1:8001 --engine http://127.0.0.1:8002 --port 8000")
+@app.command(
+    epilog="Example:  outrider serve --engine http://127.0.0.1:8001 --engine http://127.0.0.1:8002 --port 8000"
+)
 def serve(
-    engine: Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible engine; repeat for several.")] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="URL of an OpenAI-compatible engine; repeat for several.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file; docs/outrider.toml is an example. Options win over it.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file; docs/outrider.toml is an example. Options win over it.")
+    ] = None,
     memory: Annotated[Path | None, typer.Option(help="Socket of `outrider memory serve`: wants go there.")] = None,
-    policy: Annotated[Order | None, typer.Option(help="fcfs, or srtf: least predicted remaining workflow first.")] = None,
-    routing: Annotated[Routing | None, typer.Option(help="sticky: by session; residency: by cached prefix and load.")] = None,
+    policy: Annotated[
+        Order | None, typer.Option(help="fcfs, or srtf: least predicted remaining workflow first.")
+    ] = None,
+    routing: Annotated[
+        Routing | None, typer.Option(help="sticky: by session; residency: by cached prefix and load.")
+    ] = None,
     journal: JournalDir = None,
 ) -> None:
     """The gateway: OpenAI-compatible, before one or more engines; orders, routes and foresees agent calls."""
@@ -100,9 +136,13 @@ def serve(
     from outrider.agents.policy import GatewaySettings
 
     overrides = {
-        "engines": engine, "port": port, "host": host, "memory_attached": True if memory else None,
-        "policy": policy and policy.value, "routing": routing and routing.value,
-    }  # fmt: skip
+        "engines": engine,
+        "port": port,
+        "host": host,
+        "memory_attached": True if memory else None,
+        "policy": policy and policy.value,
+        "routing": routing and routing.value,
+    }
     stack.serve_gateway(settings.read(config, "agents", GatewaySettings, overrides), memory, journal)
 
 
@@ -118,26 +158,40 @@ def replay(
 
     agreed, difference = stack.replay(journal)
     if json:
-        result = {"lines": agreed, "same": difference is None, "difference": difference, "tally": metrics.tally(journal)}
+        result = {
+            "lines": agreed,
+            "same": difference is None,
+            "difference": difference,
+            "tally": metrics.tally(journal),
+        }
         sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     elif difference is None:
         Console().print(f"{journal}: {agreed} events, the same commands, byte for byte.")
     else:
         out = Console(soft_wrap=True, highlight=False)
         out.print(f"{journal}: line {difference.line} differs, {agreed} events before it agree.", markup=False)
-        out.print(f"  event     {difference.event}\n  recorded  {difference.recorded}\n  replayed  {difference.replayed}", markup=False)
+        out.print(
+            f"  event     {difference.event}\n  recorded  {difference.recorded}\n  replayed  {difference.replayed}",
+            markup=False,
+        )
     if difference is not None:
         raise typer.Exit(WENT_WRONG)
 
 
 @app.command(epilog="Example:  outrider demo --repo ~/src/flask --json demo.json")
 def demo(
-    repo: Annotated[Path | None, typer.Option(help="Source tree to review; default: the standard library's asyncio and json.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="2 workflows on tiny-moe (random weights), under a minute: for tests.")] = False,
+    repo: Annotated[
+        Path | None, typer.Option(help="Source tree to review; default: the standard library's asyncio and json.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="2 workflows on tiny-moe (random weights), under a minute: for tests.")
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Existing directory for journals and logs; default: deleted at the end.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Existing directory for journals and logs; default: deleted at the end.")
+    ] = None,
 ) -> None:
-    """The main job: a multi-agent code review, live, without and with Outrider; then one RL step, unbalanced and balanced."""
+    """The main job: a multi-agent code review, live, without and with Outrider; then one RL step on 2 ranks."""
     from outrider.lab.demo import run
 
     run.run(run.Options(repo=repo, quick=quick, json=json, keep=keep))
@@ -151,7 +205,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options of the whole command line."""
 

@@ -57,7 +57,9 @@ class Journal:
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
-            raise CallerError(f"journal {path}: {error.strerror}. Name a directory that exists and is writable.") from error
+            raise CallerError(
+                f"journal {path}: {error.strerror}. Name a directory that exists and is writable."
+            ) from error
         self._file.write(self._encoder.encode(Header(policy, rank, raw, outrider.__version__)) + b"\n")
 
     def write(self, now: float, event: Any, commands: Sequence[Any]) -> None:
@@ -98,7 +100,9 @@ def read(path: Path) -> tuple[Header, Iterator[Line]]:
     except msgspec.DecodeError as error:
         raise CallerError(f"journal {path}: line 1 is no journal header ({error}). Name a NAME.jsonl file.") from error
     if header.journal != FORMAT:
-        raise CallerError(f"journal {path}: format {header.journal}, this Outrider reads {FORMAT}. Use outrider {header.outrider}.")
+        raise CallerError(
+            f"journal {path}: format {header.journal}, this Outrider reads {FORMAT}. Use outrider {header.outrider}."
+        )
     return header, (msgspec.json.decode(line, type=Line) for line in whole[1:])
 
 
@@ -128,7 +132,9 @@ def replay(
             raise TypeError(f"a journal cannot hold {wanted.__name__}")
         array = np.load(arrays / value["array"], allow_pickle=False)
         if array_digest(array) != value["digest"]:
-            raise CallerError(f"journal {path}: {value['array']} is not the array that was written. Restore the sidecar.")
+            raise CallerError(
+                f"journal {path}: {value['array']} is not the array that was written. Restore the sidecar."
+            )
         return array
 
     digests = msgspec.json.Encoder(enc_hook=lambda array: {"array": f"{(d := array_digest(array))}.npy", "digest": d})

@@ -43,9 +43,13 @@ def _parse(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text()
         found = tomllib.loads(text)
     except OSError as error:
-        raise CallerError(f"config {path}: {error.strerror}. Name a TOML file that exists; docs/outrider.toml is an example.") from error
+        raise CallerError(
+            f"config {path}: {error.strerror}. Name a TOML file that exists; docs/outrider.toml is an example."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CallerError(f"config {path}: broken TOML: {error}. Mend that line; docs/outrider.toml is an example.") from error
+        raise CallerError(
+            f"config {path}: broken TOML: {error}. Mend that line; docs/outrider.toml is an example."
+        ) from error
     for name, value in found.items():
         if name not in TABLES or not isinstance(value, dict):
             raise CallerError(
@@ -66,7 +70,8 @@ def _sentence(why: str, path: Path | None, text: str, table: str, kind: type[msg
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys of [{table}]: {', '.join(known)}."
         return f"{place}: unknown key {key!r} in [{table}]. {hint}"
-    return f"{place}: {table}.{key or '?'}: {why.split(' - at')[0]}. Mend the value; docs/outrider.toml shows each with its unit."
+    wrong = why.split(" - at")[0]
+    return f"{place}: {table}.{key or '?'}: {wrong}. Mend the value; docs/outrider.toml shows each with its unit."
 
 
 def _fields(kind: type[msgspec.Struct]) -> list[str]:

@@ -8,7 +8,6 @@ It also knows every policy object by its journal's name, so that any journal can
 import queue
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,8 @@ def replay(path: Path) -> tuple[int, journal.Difference | None]:
     """
     header, _ = journal.read(path)
     if header.policy not in POLICIES:
-        raise CallerError(f"journal {path}: policy {header.policy!r} is none of {', '.join(POLICIES)}. Use outrider {header.outrider}.")
+        raise CallerError(
+            f"journal {path}: policy {header.policy!r} is none of {', '.join(POLICIES)}. Use outrider {header.outrider}."
+        )
     events, settings, policy = POLICIES[header.policy]
-    build: Callable[[msgspec.Raw], journal.Policy] = lambda raw: policy(msgspec.json.decode(raw, type=settings))  # noqa: E731
-    return journal.replay(path, events, build)
+    return journal.replay(path, events, lambda raw: policy(msgspec.json.decode(raw, type=settings)))

@@ -1,10 +1,9 @@
 """Child processes that never outlive their parent. Used by the demo and the end-to-end tests.
 
 Each child leads its own session, so that Ctrl-C reaches the parent alone and the parent decides the order of ending.
-Linux kills the child when its parent dies (PR_SET_PDEATHSIG), even by kill -9.
+A child dies with its parent, even by kill -9 (`tether.py`).
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -19,7 +18,6 @@ from types import TracebackType
 
 from outrider.errors import WorldError
 
-PR_SET_PDEATHSIG = 1
 POLITE_S = 1.2  # after this long a child that was asked to end is killed: all are gone within 2 seconds
 
 
@@ -56,7 +54,9 @@ class Children:
     def __enter__(self) -> "Children":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
     def outrider(self, name: str, *arguments: str) -> Child:
@@ -68,13 +68,12 @@ class Children:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as sink:
             process = subprocess.Popen(
-                list(command),
+                [sys.executable, "-m", "outrider.lab.tether", str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(os.getpid()),
             )
         child = Child(name, process, log)
         self._children.append(child)
@@ -94,17 +93,6 @@ class Children:
         for child in running:
             child.process.wait()
         self._children.clear()
-
-
-def _die_with_parent(parent_pid: int):  # type: ignore[no-untyped-def]  # Popen wants a bare callable
-    libc = ctypes.CDLL(None)
-
-    def arm() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # the parent died before we asked
-            os._exit(1)
-
-    return arm
 
 
 def _kill_session(process: "subprocess.Popen[bytes]") -> None:

@@ -1,0 +1,169 @@
+"""One arm of the demo: starts the processes, plays the workload, and sums up what it cost.
+
+baseline   the same two engines with their own prefix cache, FCFS, session-sticky routing, no memory
+outrider   remaining work first, routing by residency and load, KV blocks in memory, wants for returning turns
+"""
+
+import asyncio
+import contextlib
+import json
+import statistics
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider import memory
+from outrider.lab.demo import caller
+from outrider.lab.demo.workload import Workflow
+from outrider.lab.processes import Child, Children, await_http, await_path, free_port
+
+START_S = 120.0  # an engine loads its weights, and the first one converts them
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What both arms run on. `tiers` is used by the outrider arm alone."""
+
+    model: str
+    kv_tokens: int  # of each engine
+    tiers: str
+    engines: int = 2
+    max_num_seqs: int = 8
+
+
+@dataclass
+class Running:
+    """The processes of one arm, as tests that kill some of them see them."""
+
+    gateway_url: str
+    engines: list[Child]
+    gateway: Child
+    memory: Child | None
+    socket: Path | None
+
+
+@contextlib.contextmanager
+def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
+    """Start one arm's processes in `run_dir/NAME`, where their journals and logs go; end them all on leaving."""
+    own = run_dir / name
+    own.mkdir()
+    with Children(own) as children:
+        server, socket = None, None
+        if name == "outrider":
+            socket = own / "memory.sock"
+            server = children.outrider(
+                "memory",
+                "memory",
+                "serve",
+                "--socket",
+                str(socket),
+                "--tiers",
+                f"{fleet.tiers},path={own / 'blocks'}",
+                "--journal",
+                str(own),
+            )
+            await_path(server, socket, START_S)
+        ports = [free_port() for _ in range(fleet.engines)]
+        attach = ["--memory", str(socket)] if socket else []
+        engines = [
+            children.outrider(
+                f"engine-{i}",
+                "engine",
+                "--model",
+                fleet.model,
+                "--port",
+                str(port),
+                "--kv-tokens",
+                str(fleet.kv_tokens),
+                "--max-num-seqs",
+                str(fleet.max_num_seqs),
+                *attach,
+            )
+            for i, port in enumerate(ports)
+        ]
+        for engine, port in zip(engines, ports, strict=True):
+            await_http(engine, f"http://127.0.0.1:{port}/health", START_S)
+        gateway_port = free_port()
+        urls = [argument for port in ports for argument in ("--engine", f"http://127.0.0.1:{port}")]
+        order = (
+            ["--policy", "srtf", "--routing", "residency"] if socket else ["--policy", "fcfs", "--routing", "sticky"]
+        )
+        gateway = children.outrider(
+            "gateway", "serve", *urls, "--port", str(gateway_port), *order, *attach, "--journal", str(own)
+        )
+        url = f"http://127.0.0.1:{gateway_port}"
+        await_http(gateway, f"{url}/health", START_S)
+        yield Running(url, engines, gateway, server, socket)
+
+
+def play(
+    arm: Running, model: str, workflows: list[Workflow], on_answer: Callable[[caller.Answer], None]
+) -> dict[str, Any]:
+    """Play the workload against a running arm; its figures and answers, as the JSON has them."""
+    record = asyncio.run(caller.play(arm.gateway_url, model, workflows, on_answer))
+    with urllib.request.urlopen(f"{arm.gateway_url}/v1/outrider/stats", timeout=10) as answer:
+        gateway = json.load(answer)
+    moved: dict[str, int] = {}
+    stats: dict[str, Any] = {}
+    if arm.socket and arm.memory and arm.memory.running:
+        with contextlib.closing(memory.connect(arm.socket, timeout_s=10, name="demo")) as store:
+            stats = store.stats()
+        moved = stats["bytes_moved"]
+    return {
+        **_figures(record, workflows),
+        "kv": _kv(gateway),
+        "bytes_moved": moved,
+        "memory": stats,
+        "answers": _texts(record),
+    }
+
+
+def _figures(record: caller.Record, workflows: list[Workflow]) -> dict[str, Any]:
+    answers = record.answers
+    returning = [answer.ttft_s for answer in answers if answer.returning]
+    all_s = [answer.ttft_s for answer in answers]
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    reused = sum(answer.reused_tokens for answer in answers)
+    return {
+        "calls": sum(workflow.calls for workflow in workflows),
+        "answered": len({(answer.agent, answer.turn) for answer in answers}),
+        "duplicates": len(answers) - len({(answer.agent, answer.turn) for answer in answers}),
+        "sends": sum(answer.sends for answer in answers),
+        "workflows": len(record.completions_s),
+        "prompt_tokens": prompt,
+        "output_tokens": sum(answer.output_tokens for answer in answers),
+        "prompt_tokens_computed": prompt - reused,
+        "prompt_tokens_reused": reused,
+        "prompt_tokens_from_memory": sum(answer.external_tokens for answer in answers),
+        "ttft_p50_s": quantile(all_s, 0.5),
+        "ttft_p95_s": quantile(all_s, 0.95),
+        "returning_ttft_p50_s": quantile(returning, 0.5),
+        "returning_ttft_p95_s": quantile(returning, 0.95),
+        "workflow_completion_mean_s": statistics.fmean(record.completions_s.values()),
+        "wall_s": record.wall_s,
+        "open_context_tokens_peak": record.open_tokens_peak,
+    }
+
+
+def _kv(gateway: dict[str, Any]) -> dict[str, int]:
+    """KV tokens over all calls: reserved by the gateway's forecast, by prompt + max_tokens, and really used."""
+    return {
+        "reserved_tokens": gateway["reserved_tokens"],
+        "reserved_by_max_tokens": gateway["max_tokens_reserved"],
+        "used_tokens": gateway["used_tokens"],
+    }
+
+
+def _texts(record: caller.Record) -> dict[str, str]:
+    return {
+        f"{answer.agent}/{answer.turn}": answer.text
+        for answer in sorted(record.answers, key=lambda a: (a.agent, a.turn))
+    }
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Nearest-rank quantile: a value that was really seen."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

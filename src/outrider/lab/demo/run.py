@@ -1,0 +1,132 @@
+"""`outrider demo`: the whole loop on real input, in one run. Both arms, then the RL step, then the table.
+
+Everything it starts ends with it, on Ctrl-C too, and what it wrote is deleted unless it was told where to keep it.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import outrider
+from outrider.errors import CallerError
+from outrider.lab.demo import arms, table, training, workload
+
+FULL = arms.Fleet(model="smollm2", kv_tokens=4096, tiers="host=768MiB,disk=4GiB")
+QUICK = arms.Fleet(model="tiny-moe", kv_tokens=3072, tiers="host=48MiB,disk=512MiB")
+ARMS = ("baseline", "outrider")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for. `keep` and the parent of `json` must exist."""
+
+    repo: Path | None = None
+    quick: bool = False
+    json: Path | None = None
+    keep: Path | None = None
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Run the demo and print it; returns what `--json` writes. CallerError for a path that cannot serve."""
+    out = Console(stderr=False)
+    _check(options)
+    shape = workload.QUICK if options.quick else workload.Shape()
+    fleet = QUICK if options.quick else FULL
+    roots = (options.repo.resolve(),) if options.repo else workload.default_repo()
+    workflows = workload.build(roots, shape)
+    calls = sum(workflow.calls for workflow in workflows)
+    out.print(
+        f"Reviewing {', '.join(str(root) for root in roots)}: {len(workflows)} workflows, {calls} calls, "
+        f"{fleet.engines} engines of {fleet.kv_tokens} KV tokens, model {fleet.model}.",
+        soft_wrap=True,
+    )
+    began_s = time.monotonic()
+    with run_directory(options.keep) as run_dir, _bars(out) as bars:
+        result: dict[str, Any] = {}
+        for name in ARMS:
+            result[name] = _arm(name, fleet, run_dir, workflows, bars)
+        experts = bars.add_task("experts: rollouts", total=training.STEPS)
+        result["experts"] = training.run(
+            run_dir, roots, options.quick, lambda what: bars.update(experts, advance=1, description=what)
+        )
+    result["outrider"]["same_answers"] = _same(result)
+    result["machine"] = _machine(fleet, shape, roots, time.monotonic() - began_s)
+    table.show(out, result, sample=f"{workflows[0].reviser.name}/0")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        out.print(f"Figures: {options.json}", soft_wrap=True)
+    return result
+
+
+def _check(options: Options) -> None:
+    for flag, directory in (("--keep", options.keep), ("--json", options.json and options.json.absolute().parent)):
+        if directory and not directory.is_dir():
+            raise CallerError(f"{flag} {directory}: no such directory. Make it first, or name another.")
+
+
+@contextlib.contextmanager
+def run_directory(keep: Path | None) -> Iterator[Path]:
+    """Where one run's sockets, journals, logs and blocks lie: deleted at the end, or below `keep`."""
+    parent = tempfile.mkdtemp(prefix="outrider-", dir=keep)
+    try:
+        yield Path(parent)
+    finally:
+        for blocks in Path(parent).glob("*/blocks"):
+            shutil.rmtree(blocks, ignore_errors=True)
+        if keep is None:
+            shutil.rmtree(parent, ignore_errors=True)
+
+
+def _bars(out: Console) -> Progress:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=out)
+
+
+def _arm(
+    name: str, fleet: arms.Fleet, run_dir: Path, workflows: list[workload.Workflow], bars: Progress
+) -> dict[str, Any]:
+    total = sum(workflow.calls for workflow in workflows)
+    bar = bars.add_task(f"{name}: engines start", total=total)
+    with arms.running(name, fleet, run_dir) as arm:
+        bars.update(bar, description=f"{name}: calls")
+        return arms.play(arm, fleet.model, workflows, lambda answer: bars.update(bar, advance=1))
+
+
+def _same(result: dict[str, Any]) -> int:
+    """Calls in which both arms gave the same words: all of them, where greedy fp32 decoding is exact."""
+    before, after = (result[name]["answers"] for name in ARMS)
+    return sum(before.get(call) == text for call, text in after.items())
+
+
+def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], wall_s: float) -> dict[str, Any]:
+    real = fleet.model == "smollm2"
+    return {
+        "outrider": outrider.__version__,
+        "cpus": os.cpu_count(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "model": fleet.model,
+        "engines": fleet.engines,
+        "kv_tokens": fleet.kv_tokens,
+        "tiers": fleet.tiers,
+        "repo": [str(root) for root in roots],
+        "wall_s": wall_s,
+        "plainly": [
+            "The engines are Outrider's embedded CPU engine, one thread each, not vLLM or SGLang.",
+            f"{fleet.model} has {'real trained weights (SmolLM2-135M-Instruct)' if real else 'random weights: its words mean nothing'}.",
+            f"Tools are real, their durations emulated: {shape.pause_s[0]:g} to {shape.pause_s[1]:g} s, the same in both arms.",
+            "The RL step runs tiny-moe (random weights) on 2 gloo processes of this machine.",
+            "All figures were measured in this run, on this machine; nothing in the table is simulated.",
+        ],
+    }
