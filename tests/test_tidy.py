@@ -113,9 +113,8 @@ def test_every_file_says_what_it_is() -> None:
 def test_no_banned_name() -> None:
     for path in FILES:
         names: list[tuple[ast.AST | None, str]] = [(None, path.stem)]
-        for node in ast.walk(TREES[path]):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                names.append((node, node.name))
+        named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        names += [(node, node.name) for node in ast.walk(TREES[path]) if isinstance(node, named)]
         for node, name in names:
             words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
             for word in words:

@@ -94,8 +94,9 @@ def replay(path: Path) -> tuple[int, journal.Difference | None]:
     """
     header, _ = journal.read(path)
     if header.policy not in POLICIES:
+        known = ", ".join(POLICIES)
         raise CallerError(
-            f"journal {path}: policy {header.policy!r} is none of {', '.join(POLICIES)}. Use outrider {header.outrider}."
+            f"journal {path}: policy {header.policy!r} is none of {known}. Use outrider {header.outrider}."
         )
     events, settings, policy = POLICIES[header.policy]
     return journal.replay(path, events, lambda raw: policy(msgspec.json.decode(raw, type=settings)))

@@ -110,7 +110,8 @@ def _same(result: dict[str, Any]) -> int:
 
 
 def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], wall_s: float) -> dict[str, Any]:
-    real = fleet.model == "smollm2"
+    weights = "real trained weights" if fleet.model == "smollm2" else "random weights: its words mean nothing"
+    low_s, high_s = shape.pause_s
     return {
         "outrider": outrider.__version__,
         "cpus": os.cpu_count(),
@@ -124,8 +125,8 @@ def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], 
         "wall_s": wall_s,
         "plainly": [
             "The engines are Outrider's embedded CPU engine, one thread each, not vLLM or SGLang.",
-            f"{fleet.model} has {'real trained weights (SmolLM2-135M-Instruct)' if real else 'random weights: its words mean nothing'}.",
-            f"Tools are real, their durations emulated: {shape.pause_s[0]:g} to {shape.pause_s[1]:g} s, the same in both arms.",
+            f"{fleet.model} has {weights}.",
+            f"Tools are real, their durations emulated: {low_s:g} to {high_s:g} s, the same in both arms.",
             "The RL step runs tiny-moe (random weights) on 2 gloo processes of this machine.",
             "All figures were measured in this run, on this machine; nothing in the table is simulated.",
         ],

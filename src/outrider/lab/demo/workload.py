@@ -114,8 +114,8 @@ def build(roots: tuple[Path, ...], shape: Shape) -> list[Workflow]:
     if len(excerpts) < needed:
         where = ", ".join(str(root) for root in roots)
         raise CallerError(
-            f"repo {where}: {len(excerpts)} pieces of source of {shape.excerpt_chars} characters found, {needed} needed. "
-            "Name a larger tree with --repo."
+            f"repo {where}: {len(excerpts)} pieces of source of {shape.excerpt_chars} characters found, "
+            f"{needed} needed. Name a larger tree with --repo."
         )
     return [
         _workflow(number, excerpts[number * shape.reviewers : (number + 1) * shape.reviewers], shape)
