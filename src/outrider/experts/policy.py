@@ -1,0 +1,123 @@
+"""Policy of experts: one object per rank, told the same events, reaching the same commands (law 7). Pure.
+
+It owns what lies in every spare slot of every rank and which of those copies carry gradients that are not home yet:
+
+    free -> (Fetch) -> ready -> (an update micro-step uses it) -> dirty -> (ReturnGradients) -> free or refilled
+
+A dirty slot is never refilled before its gradients have gone home, and after Finished nothing is held at all: the
+optimizer is about to change the weights, so a copy kept longer would be stale.
+"""
+
+# ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
+
+from typing import Any, TypeAlias, assert_never
+
+import msgspec
+import numpy as np
+
+from outrider.errors import CallerError
+from outrider.experts.events import (
+    Array,
+    Began,
+    Command,
+    Event,
+    Fetch,
+    Finished,
+    Foreseen,
+    Ran,
+    Release,
+    ReturnGradients,
+    Tally,
+    Use,
+)
+from outrider.experts.plan import Plan, contiguous_homes, plan
+
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Shape of the model and of the rank group. slots: spare expert slots per rank and layer; 0 turns balancing off."""
+
+    layers: int
+    experts: int
+    ranks: int
+    slots: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "experts", "ranks"):
+            if getattr(self, name) < 1:
+                raise CallerError(f"experts.{name}: {getattr(self, name)} is too few. Give 1 or more.")
+        if self.slots < 0:
+            raise CallerError(f"experts.slots: {self.slots} is negative. Give 0 (no balancing) or more.")
+
+
+class Policy:
+    """Decides copies, token split and gradient returns of one RL step after another."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.homes_E = contiguous_homes(settings.experts, settings.ranks)
+        self.counts_MLRE: Array | None = None
+        shape = (settings.layers, settings.ranks, settings.slots)
+        self.replicas_LRS = np.full(shape, -1, dtype=np.int64)
+        self.dirty_LRS = np.zeros(shape, dtype=np.bool_)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event of micro-step `now`; what the mover must do, in order."""
+        match event:
+            case Foreseen(counts_MLRE):
+                self.counts_MLRE = self._checked(counts_MLRE)
+                return []
+            case Began(stage, batch):
+                step = plan(self._counts(batch), self.settings.slots, self.homes_E, self.replicas_LRS)
+                commands: list[Command] = []
+                refilled_LRS = self.replicas_LRS != step.replicas_LRS
+                self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
+                self.replicas_LRS = step.replicas_LRS
+                if stage == "update":
+                    self.dirty_LRS |= self._used(step)
+                if len(step.moves):
+                    commands.append(Fetch(step.moves))
+                commands.append(Use(step.replicas_LRS, step.quotas, step.most_L))
+                return commands
+            case Ran(batch, seen_LRE, _):
+                over_LRE = seen_LRE - self._counts(batch)
+                unforeseen, absent = int(over_LRE.clip(min=0).sum()), int((-over_LRE).clip(min=0).sum())
+                return [Tally(unforeseen, absent)] if unforeseen or absent else []
+            case Finished():
+                ending: list[Command] = []
+                self._return_gradients(self.dirty_LRS.copy(), ending)
+                self.replicas_LRS = np.full_like(self.replicas_LRS, -1)
+                self.counts_MLRE = None
+                return [*ending, Release()]
+            case _:
+                assert_never(event)
+
+    def _checked(self, counts_MLRE: Array) -> Array:
+        want = (self.settings.layers, self.settings.ranks, self.settings.experts)
+        if counts_MLRE.ndim != 4 or counts_MLRE.shape[1:] != want:
+            raise CallerError(f"counts: shape {counts_MLRE.shape}. Give [micro-batches, *{want}].")
+        return counts_MLRE
+
+    def _counts(self, batch: int) -> Array:
+        if self.counts_MLRE is None or not 0 <= batch < len(self.counts_MLRE):
+            foreseen = 0 if self.counts_MLRE is None else len(self.counts_MLRE)
+            raise CallerError(f"micro-batch {batch}: {foreseen} were foreseen. Foresee all before the first.")
+        counts_LRE: Array = self.counts_MLRE[batch]
+        return counts_LRE
+
+    def _return_gradients(self, which_LRS: Mask, commands: list[Command]) -> None:
+        layer, rank, slot = np.nonzero(which_LRS)
+        if len(layer):
+            expert = self.replicas_LRS[layer, rank, slot]
+            commands.append(ReturnGradients(np.stack([layer, expert, rank, slot, self.homes_E[expert]], axis=1)))
+            self.dirty_LRS[layer, rank, slot] = False
+
+    def _used(self, step: Plan) -> Mask:
+        """Slots whose copy computes tokens in this plan, and so gathers a gradient."""
+        used_LER = np.zeros((self.settings.layers, self.settings.experts, self.settings.ranks), dtype=np.bool_)
+        used_LER[step.quotas[:, 0], step.quotas[:, 1], step.quotas[:, 3]] = True
+        layer, rank, slot = np.nonzero(step.replicas_LRS >= 0)
+        used_LRS = np.zeros(step.replicas_LRS.shape, dtype=np.bool_)
+        used_LRS[layer, rank, slot] = used_LER[layer, step.replicas_LRS[layer, rank, slot], rank]
+        return used_LRS
