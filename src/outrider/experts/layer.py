@@ -39,13 +39,11 @@ class Bank(nn.Module):
         index = torch.from_numpy(mine)
         self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[index].clone())  # type: ignore[operator]
         self.down_proj = nn.Parameter(experts.down_proj.detach()[index].clone())  # type: ignore[operator]
+        self.numel = self.gate_up_proj.shape[1:].numel() + self.down_proj.shape[1:].numel()  # of one expert
         self.computed = 0
         self._slots: list[Weights | None] = []
         self._resident: dict[int, int] = {}  # expert -> slot
         self._returned: dict[tuple[int, int], Tensor] = {}  # (expert, rank of the copy) -> flat gradient, wide
-
-    def expert_numel(self) -> int:
-        return self.gate_up_proj[0].numel() + self.down_proj[0].numel() if len(self.gate_up_proj) else 0
 
     def resize(self, slots: int) -> None:
         """Empty all slots; from now on there are `slots` of them."""
@@ -181,7 +179,7 @@ class SpreadBlock(nn.Module):
         recorded = (self.routes >= 0).all(dim=1, keepdim=True)
         chosen = torch.where(recorded, self.routes.to(chosen.dtype), chosen)
         weights = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, chosen)
-        if self.gate.norm_topk_prob:  # type: ignore[union-attr]
+        if self.gate.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return chosen, weights.to(logits.dtype)
 

@@ -3,7 +3,8 @@
 Decides nothing. Commands are written to the journal and compared between ranks before any byte moves; every exchange
 is one all-to-all whose sizes and order follow from the plan alone, in a process group of its own, so that weights
 can never interleave with tokens and no rank waits for one that does not come (law 7). A rank that has nothing to
-send takes part too. A dead rank ends the exchange with an error on all others, at the latest after the group's time-out.
+send takes part too. A dead rank ends the exchange with an error on all others, at the latest after the group's
+time-out.
 """
 
 # ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
@@ -150,7 +151,7 @@ class Mover:
     ) -> None:
         """One all-to-all for all hops (src, dst, layer, expert, slot), in their order within each pair of ranks."""
         ranks = range(self.group.size())
-        size = [self.blocks[layer].experts.expert_numel() for _, _, layer, _, _ in hops]
+        size = [self.blocks[layer].experts.numel for _, _, layer, _, _ in hops]
         send = [sum(n for n, hop in zip(size, hops, strict=True) if hop[:2] == (self.rank, r)) for r in ranks]
         receive = [sum(n for n, hop in zip(size, hops, strict=True) if hop[:2] == (r, self.rank)) for r in ranks]
         parts = [pack(*hop[2:]) for r in ranks for hop in hops if hop[:2] == (self.rank, r)]
@@ -160,7 +161,7 @@ class Mover:
         self.sent_bytes += outgoing.nbytes
         begin = 0
         for src, _, layer, expert, slot in (hop for r in ranks for hop in hops if hop[:2] == (r, self.rank)):
-            end = begin + self.blocks[layer].experts.expert_numel()
+            end = begin + self.blocks[layer].experts.numel
             unpack(layer, expert, slot, src, arrived[begin:end].clone())
             begin = end
 

@@ -25,7 +25,7 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
     replicas_LRS      expert in each spare slot, -1 for none
     quotas [n, 5]     layer, expert, source, rank, tokens: sorted by the first four; only positive tokens
-    moves [n, 5]      layer, expert, src, dst, slot: weights to fetch; src is the expert's home; sorted by (layer, dst, slot)
+    moves [n, 5]      layer, expert, src, dst, slot: weights to fetch from home; sorted by (layer, dst, slot)
     most_L            largest rank load of each layer, the least for these replicas
     proof_LE, proof_LR  the certificate of most_L, see split.py
     """
@@ -37,8 +37,8 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     proof_LE: Array
     proof_LR: Array
 
-    def load_LR(self) -> Array:
-        """Token-slots that each rank computes in each layer."""
+    def rank_load(self) -> Array:
+        """[layers, ranks] token-slots that each rank computes."""
         load = np.zeros(self.replicas_LRS.shape[:2], dtype=np.int64)
         np.add.at(load, (self.quotas[:, 0], self.quotas[:, 3]), self.quotas[:, 4])
         return load
@@ -59,7 +59,7 @@ def plan(
     homes_E       home rank of each expert; None: contiguous
     previous_LRS  replicas of the micro-step before; None: all slots are empty
     Least largest load first, then fewest moves. Ties go to the lower rank, then to the lower expert id, so that every
-    rank derives the same plan. Nothing moves in a layer that is balanced already. CallerError for shapes that do not fit.
+    rank derives the same plan. Nothing moves in a layer that is balanced already. CallerError where shapes do not fit.
     """
     if counts_LRE.ndim != 3:
         raise CallerError(f"counts: shape {counts_LRE.shape}. Give [layers, ranks, experts] of one micro-step.")
