@@ -1,0 +1,221 @@
+"""The embedded engine: schedule -> run -> account, once a step, in one thread. Small and real; not the product.
+
+Other threads speak to it through `submit`, `abort` and `tell`; it answers through each request's `emit`.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from outrider.errors import CallerError
+from outrider.lab.engine.blocks import Blocks
+from outrider.lab.engine.forward import Forward, Stopped
+from outrider.lab.engine.hook import Hook, Store
+from outrider.lab.engine.metrics import Meters
+from outrider.lab.engine.request import Output, Request
+from outrider.lab.engine.sample import sample
+from outrider.lab.engine.scheduler import Chunk, Scheduler
+from outrider.lab.engine.text import Text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of the engine. kv_tokens is rounded down to whole blocks of block_tokens."""
+
+    kv_tokens: int
+    max_batch_tokens: int = 512
+    max_num_seqs: int = 8
+    block_tokens: int = 16
+
+
+class Engine:
+    """`chain` gives the keys of a token list's whole blocks; `connect` reaches memory's Store, None = no memory."""
+
+    def __init__(
+        self,
+        model: Any,
+        decode: Callable[[Sequence[int]], str],
+        eos: frozenset[int],
+        chain: Callable[[Sequence[int]], list[bytes]],
+        limits: Limits,
+        connect: Callable[[], Store] | None = None,
+    ) -> None:
+        if limits.max_batch_tokens < limits.max_num_seqs:
+            raise CallerError(
+                f"--max-batch-tokens {limits.max_batch_tokens} is less than --max-num-seqs {limits.max_num_seqs}: "
+                "each running request needs a token a step. Raise the first or lower the second."
+            )
+        self.decode, self.eos, self.limits = decode, eos, limits
+        self.blocks = Blocks(limits.kv_tokens // limits.block_tokens, limits.block_tokens)
+        self.forward = Forward(model, self.blocks.capacity, limits.block_tokens)
+        self.context = min(self.blocks.capacity * limits.block_tokens, model.config.max_position_embeddings)
+        self.vocabulary = int(model.config.vocab_size)
+        self.scheduler = Scheduler(self.blocks, chain, limits.max_batch_tokens, limits.max_num_seqs)
+        self.metrics = Meters(self.blocks, self.scheduler)
+        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.hook = Hook(connect, self.forward, self.inbox.put) if connect else None
+        self.arrivals = count()
+        self.texts: dict[Request, Text] = {}  # the open requests
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.failure: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        chain: Callable[[Sequence[int]], list[bytes]],
+        limits: Limits,
+        connect: Callable[[], Store] | None = None,
+    ) -> "Engine":
+        """With the decoding and the ends of text that a transformers model and its tokenizer have."""
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        eos = frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
+        return cls(model, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), eos, chain, limits, connect)
+
+    # -- called by other threads
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Take a request that fits (len(prompt) + max_tokens <= `context`)."""
+        request.born_s = time.monotonic()
+        self.inbox.put(lambda: self.arrive(request))
+
+    def abort(self, request: Request) -> None:
+        """Forget the request, wherever it is; nothing more is emitted. No effect if it has finished."""
+        self.inbox.put(lambda: self.drop(request))
+
+    def stop(self, within_s: float = 0.8) -> None:
+        """End the thread, in the middle of a pass if need be."""
+        self.forward.stop.set()
+        self.inbox.put(lambda: None)
+        if self.thread.is_alive():
+            self.thread.join(within_s)
+        if self.hook:
+            self.hook.close()
+
+    # -- the engine's thread
+
+    def run(self) -> None:
+        try:
+            while not self.forward.stop.is_set():
+                busy = self.step()
+                while not self.inbox.empty() or not busy:
+                    self.inbox.get()()  # sleeps when there is nothing to compute
+                    busy = True
+        except Stopped:
+            return
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            for request in list(self.texts):
+                request.emit(Output(f"the engine failed: {self.failure}", (), "error"))
+            raise
+
+    def step(self) -> bool:
+        """One pass over what the scheduler chose. False: nothing to compute until a message comes."""
+        plan = self.scheduler.schedule()
+        for request in plan.preempted:
+            self.metrics.preemptions.inc()
+            self.look_up(request)
+        for request in plan.loads:
+            self.load(request)
+        if not plan.chunks:
+            return False
+        self.account(plan.chunks, self.forward.run(plan.chunks))
+        return True
+
+    def account(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> None:
+        """Book the computed tokens, offer full blocks to memory, append what was sampled."""
+        ready = []
+        for chunk in chunks:
+            self.save(self.scheduler.advance(chunk.request, chunk.count))
+            if chunk.last:
+                ready.append(chunk.request)
+        for request, token in zip(ready, sample(ready, logits, self.eos), strict=True):
+            if request.finish is None:
+                self.append(request, token)
+            else:
+                self.finish(request, "")  # its last token went through the model for its expert choice only
+
+    def append(self, request: Request, token: int) -> None:
+        """One more token of the answer: text, stop conditions, news for the caller."""
+        request.tokens.append(token)
+        self.metrics.sampled(request)
+        params, text, done = request.params, self.texts[request], len(request.generated)
+        news = text.add([token])
+        free_to_stop = done >= params.min_tokens
+        if (free_to_stop and ((token in self.eos and not params.ignore_eos) or token in params.stop_token_ids)) or (
+            free_to_stop and text.stopped
+        ):
+            request.finish = "stop"
+        elif done >= params.max_tokens:
+            request.finish = "length"
+        if request.finish and not text.stopped:
+            news += text.end()
+        if request.finish and not params.return_routes:
+            self.finish(request, news, (token,))
+        else:
+            request.emit(Output(news, (token,)))
+
+    def finish(self, request: Request, news: str, tokens: tuple[int, ...] = ()) -> None:
+        routes = self.forward.routes_of(request.blocks, request.computed) if request.params.return_routes else None
+        self.drop(request)
+        self.metrics.finished(request)
+        request.emit(Output(news, tokens, request.finish, routes))
+
+    def drop(self, request: Request) -> None:
+        """Out of the books. Its whole blocks keep their content; memory is told their chain under the request's id."""
+        if self.texts.pop(request, None) is None:
+            return
+        if request in self.scheduler.loading:
+            return  # `loaded` sees that it is no longer open
+        if self.hook and request.blocks:
+            whole = request.computed // self.limits.block_tokens
+            own = min(request.own_blocks, whole)  # computed before this request: memory may have dropped them since
+            self.save(list(zip(request.keys[:own], request.blocks[:own], strict=True)))
+            self.hook.remember(request.id, request.keys[:whole])
+        self.scheduler.remove(request)
+
+    # -- arrival and memory
+
+    def arrive(self, request: Request) -> None:
+        request.arrival = next(self.arrivals)
+        self.texts[request] = Text(self.decode, request.params.stop)
+        self.scheduler.add(request)
+        self.look_up(request)
+
+    def look_up(self, request: Request) -> None:
+        keys = request.keys[: self.scheduler.reusable(request)]
+        here = len(self.blocks.match(keys))
+        if self.hook and here < len(keys):
+            request.external = None
+            self.hook.look_up(request, keys[here:], lambda r, found: setattr(r, "external", here + found))
+
+    def load(self, request: Request) -> None:
+        assert self.hook and request.external
+        start = request.computed // self.limits.block_tokens
+        stop = min(request.external, self.scheduler.reusable(request))
+        self.hook.load(request, request.keys[start:stop], request.blocks[start:stop], self.loaded)
+
+    def loaded(self, request: Request, good: int) -> None:
+        if request in self.texts:
+            self.scheduler.loaded(request, good)
+        else:  # aborted meanwhile
+            self.scheduler.loading.remove(request)
+            self.blocks.release(request.blocks)
+
+    def save(self, pairs: Sequence[tuple[bytes, int]]) -> None:
+        """The blocks are held until memory has copied them, so that the pool cannot reuse them before."""
+        if self.hook and pairs:
+            keys, blocks = zip(*pairs, strict=True)
+            self.blocks.hold(blocks)
+            self.hook.save(keys, blocks, self.blocks.release)
