@@ -1,0 +1,73 @@
+"""The demo's last act: roll out `tiny-moe` on the embedded engine, then one RL step, unbalanced and balanced.
+
+Prompts are pieces of the source tree under review, two rollouts each; routes are those that the engine recorded. The
+weights are random and the reward is a property of the text: what is shown is balance and exactness, not learning.
+"""
+
+import json
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from outrider.lab.demo import workload
+from outrider.lab.processes import Children, await_http, free_port
+from outrider.lab.rl import rollouts, step
+
+MODEL = "tiny-moe"
+STEPS = 2  # of the progress bar: rollouts, the RL step
+SAMPLES = 2  # rollouts of one prompt, a group
+CONCURRENT = 4
+START_S = 120.0
+
+
+def run(run_dir: Path, roots: tuple[Path, ...], quick: bool, on_step: Callable[[str], None]) -> dict[str, Any]:
+    """The demo's `experts` figures; journals of both arms go to run_dir/experts."""
+    own = run_dir / "experts"
+    own.mkdir()
+    prompts, output_tokens = (6, 24) if quick else (16, 48)
+    shape = workload.Shape(workflows=prompts, reviewers=1, excerpt_chars=600)
+    asks = [flow.reviewers[0].asks[0] for flow in workload.build(roots, shape)]
+    batch = rolled_out(own, asks, output_tokens)
+    on_step("experts: one RL step")
+    figures = step.compare(MODEL, batch, journal_dir=own, micro_batch_tokens=512)
+    on_step("experts: done")
+    return {**figures, "rollouts": len(batch), "model": f"{MODEL}, random weights"}
+
+
+def rolled_out(log_dir: Path, asks: list[str], output_tokens: int) -> list[rollouts.Rollout]:
+    """Sample every ask SAMPLES times on an engine of our own, with the routes of every token."""
+    port = free_port()
+    with Children(log_dir) as children:
+        engine = children.outrider(
+            "rollout-engine", "engine", "--model", MODEL, "--port", str(port), "--kv-tokens", "8192"
+        )
+        url = f"http://127.0.0.1:{port}"
+        await_http(engine, f"{url}/health", START_S)
+        with ThreadPoolExecutor(CONCURRENT) as pool:
+            return list(pool.map(lambda job: _sample(url, *job, output_tokens), _jobs(asks)))
+
+
+def _jobs(asks: list[str]) -> list[tuple[int, int, str]]:
+    return [(group, sample, ask) for group, ask in enumerate(asks) for sample in range(SAMPLES)]
+
+
+def _sample(url: str, group: int, sample: int, ask: str, output_tokens: int) -> rollouts.Rollout:
+    body = {
+        "model": MODEL,
+        "prompt": ask,
+        "max_tokens": output_tokens,
+        "temperature": 1.0,
+        "seed": group * SAMPLES + sample,
+        "return_routed_experts": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        choice = json.load(answer)["choices"][0]
+    return rollouts.from_choice(
+        choice["prompt_token_ids"], choice["token_ids"], choice, group, rollouts.readable(choice["text"])
+    )
