@@ -181,7 +181,9 @@ class Caller:
 
     async def _stream(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[str, dict[str, Any], float]:
         """One send: the text, the usage, and the moment of the first token. Broken where it must be sent again."""
-        text, usage, first_s, done = [], {}, 0.0, False
+        text: list[str] = []
+        usage: dict[str, Any] = {}
+        first_s, done = 0.0, False
         try:
             async with self._session.post(self._url, json=body, headers=headers) as response:
                 if response.status in {429, 502, 503, 504}:

@@ -46,14 +46,11 @@ def rolled_out(log_dir: Path, asks: list[str], output_tokens: int) -> list[rollo
         url = f"http://127.0.0.1:{port}"
         await_http(engine, f"{url}/health", START_S)
         with ThreadPoolExecutor(CONCURRENT) as pool:
-            return list(pool.map(lambda job: _sample(url, *job, output_tokens), _jobs(asks)))
+            jobs = [(group, sample) for group in range(len(asks)) for sample in range(SAMPLES)]
+            return list(pool.map(lambda job: _sample(url, asks[job[0]], job[0], job[1], output_tokens), jobs))
 
 
-def _jobs(asks: list[str]) -> list[tuple[int, int, str]]:
-    return [(group, sample, ask) for group, ask in enumerate(asks) for sample in range(SAMPLES)]
-
-
-def _sample(url: str, group: int, sample: int, ask: str, output_tokens: int) -> rollouts.Rollout:
+def _sample(url: str, ask: str, group: int, sample: int, output_tokens: int) -> rollouts.Rollout:
     body = {
         "model": MODEL,
         "prompt": ask,
