@@ -34,13 +34,17 @@ STOP_S = 0.3  # open calls get this long to end on their own when we stop
 
 
 class Gateway:
-    """One running gateway: `start`, `port`, `stop`. Tests and the demo embed it; `serve` runs it as a process."""
+    """One running gateway: `start`, `port`, `stop`. Tests embed it; `serve` runs it as a process.
+
+    on_want  hears every want; must not block
+    journal  an existing directory for agents.jsonl
+    """
 
     def __init__(
         self, settings: GatewaySettings, on_want: Callable[[Want], None] | None = None, journal: Path | None = None
     ) -> None:
         self.settings = settings
-        written = Journal(journal, "agents", settings) if journal is not None else None
+        written = Journal(journal / "agents.jsonl", "agents", settings) if journal is not None else None
         self.mover = Mover(settings, on_want, written)
         self.port = settings.port
         self._salt = secrets.token_bytes(16)
@@ -190,7 +194,7 @@ def serve(
     settings: GatewaySettings, on_want: Callable[[Want], None] | None = None, journal: Path | None = None
 ) -> None:
     """Run until SIGTERM or SIGINT. CallerError when the port or the journal cannot be had."""
-    logging.getLogger("outrider").setLevel(settings.log_level.upper())
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=settings.log_level.upper())
     asyncio.run(_serve(settings, on_want, journal))
 
 

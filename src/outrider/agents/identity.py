@@ -8,7 +8,6 @@ Ids are claims by the client, never authorisation. Malformed ones are ignored an
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -47,6 +46,7 @@ CLASSES = {
     "bulk": "batch",
     "flex": "batch",
 }
+RFC3339 = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 CLAUDE_SESSION = re.compile(r"session_([0-9a-fA-F-]{36})")
 Claim = tuple[str, str, str]  # field, value, source
 
@@ -190,15 +190,22 @@ def _clean(field: str, value: str, wall_s: float) -> Any:
 
 def _deadline_s(value: str, wall_s: float) -> float | None:
     """`30s`, `30` or RFC 3339 -> seconds from now, within a year; None when malformed."""
+    moment = RFC3339.fullmatch(value)
     try:
-        if "T" in value:
-            moment = datetime.fromisoformat(value)
-            seconds = moment.timestamp() - wall_s if moment.tzinfo else -1.0
-        else:
-            seconds = float(value.removesuffix("s"))
-    except (ValueError, OverflowError):
+        seconds = float(value.removesuffix("s")) if moment is None else _epoch_s(moment) - wall_s
+    except ValueError:
         return None
     return seconds if 0 < seconds < 31_536_000 else None
+
+
+def _epoch_s(moment: re.Match[str]) -> float:
+    """Seconds since 1970 of an RFC 3339 moment; leap seconds do not count. Days by the civil calendar from 1 March."""
+    year, month, day, hour, minute, second = (int(part) for part in moment.groups()[:6])
+    fraction, zone = float(moment[7] or 0), moment[8]
+    year -= month <= 2
+    days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * ((month - 3) % 12) + 2) // 5 + day - 719_469
+    offset_s = 0 if zone in "Zz" else (1 if zone[0] == "+" else -1) * (int(zone[1:3]) * 3600 + int(zone[4:6]) * 60)
+    return days * 86_400 + hour * 3600 + minute * 60 + second + fraction - offset_s
 
 
 def _object(body: bytes) -> dict[str, msgspec.Raw]:

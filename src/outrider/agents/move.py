@@ -6,8 +6,6 @@ to the flight it is about. Everything here runs on one event loop; no await lies
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,7 +40,6 @@ from outrider.agents.events import (
 from outrider.agents.policy import Policy
 from outrider.agents.settings import GatewaySettings
 from outrider.agents.story import Stories
-from outrider.errors import OutriderError
 from outrider.journal import Journal
 from outrider.wants import Want
 
@@ -52,7 +49,6 @@ HOP_BY_HOP = frozenset(
 ).union(("te", "trailer", "transfer-encoding", "upgrade"))
 NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "expect", "x-request-id"}
 DYING = frozenset((500, 502, 503, 504))
-WANTS = 1024  # waiting for memory; beyond, the oldest is dropped
 
 
 class ClientGone(Exception):
@@ -75,7 +71,7 @@ class Flight:
 
 
 class Mover:
-    """The shell around one policy. `on_want` runs in a thread of its own: memory may be slow, calls must not be."""
+    """The shell around one policy. `on_want` must not block: whoever hands it in queues wants and carries them itself."""
 
     def __init__(
         self, settings: GatewaySettings, on_want: Callable[[Want], None] | None = None, journal: Journal | None = None
@@ -87,8 +83,7 @@ class Mover:
         self.flights: dict[str, Flight] = {}
         self.session: aiohttp.ClientSession | None = None
         self._journal = journal
-        self._wants: queue.Queue[Want | None] = queue.Queue(WANTS)
-        self._teller = threading.Thread(target=self._tell, args=(on_want,), name="outrider-wants", daemon=True)
+        self._on_want = on_want
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -99,13 +94,11 @@ class Mover:
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._teller.start()
 
     async def stop(self) -> None:
         """Flights are over or cancelled by now; close what is left."""
         if self._timer is not None:
             self._timer.cancel()
-        self._put_want(None)
         if self.session is not None:
             await self.session.close()
         if self._journal is not None:
@@ -135,7 +128,8 @@ class Mover:
                 delay_s = max(0.0, at_s - time.monotonic())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.feed, Woke())
             case Tell(want):
-                self._put_want(want)
+                if self._on_want is not None:
+                    self._on_want(want)
             case Hold():
                 pass
             case Dispatch(call) | Settle(call) | Reject(call) | Relay(call) | Break(call):
@@ -318,26 +312,6 @@ class Mover:
         if retry_after_s is not None:
             headers["Retry-After"] = str(retry_after_s)
         return web.json_response(error_body(flight.call.path, status, why), status=status, headers=headers)
-
-    # -- towards memory ---------------------------------------------------------------------------------------------
-
-    def _put_want(self, want: Want | None) -> None:
-        """Never waits: when memory lags, the oldest news is the least worth."""
-        while True:
-            try:
-                return self._wants.put_nowait(want)
-            except queue.Full:
-                with suppress(queue.Empty):
-                    self._wants.get_nowait()
-
-    def _tell(self, on_want: Callable[[Want], None] | None) -> None:
-        """The teller's thread, until a None comes."""
-        while (want := self._wants.get()) is not None:
-            try:
-                if on_want is not None:
-                    on_want(want)
-            except (OutriderError, OSError) as error:
-                LOG.warning("memory did not take a want for %s: %s", want.item, error)
 
 
 def delimited(upstream: aiohttp.ClientResponse) -> bool:

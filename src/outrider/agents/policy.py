@@ -48,6 +48,9 @@ from outrider.agents.tally import Tally
 from outrider.agents.workflows import Workflow, Workflows
 from outrider.errors import LawBroken
 
+__all__ = ["GatewaySettings", "Policy", "Settings"]
+Settings = GatewaySettings  # the name under which every system's policy offers its settings
+
 
 class Policy:
     """State of the gateway. Only `handle` decides the flow; the other methods change one thing each."""
@@ -55,13 +58,13 @@ class Policy:
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         names = [url.rstrip("/") for url in settings.engines]
-        self.engines = {name: Engine(name, settings.credit, settings.kv_tokens) for name in names}
-        self.rates = Rates(settings)
-        remembered = Prefixes(settings.memory.tokens) if settings.memory.attached else None
+        self.engines = {name: Engine(name, settings.credit, settings.foresight.kv_tokens) for name in names}
+        self.rates = Rates(settings.foresight)
+        remembered = Prefixes(settings.foresight.memory_tokens) if settings.memory_attached else None
         everyone = list(self.engines.values())
         self.routes = Routes(everyone, settings.routing, settings.oldest_share_every, self.rates, remembered)
         self.lengths = Lengths(settings.foresight)
-        self.workflows = Workflows(settings.foresight, settings.memory.attached)
+        self.workflows = Workflows(settings.foresight, settings.memory_attached)
         self.line = Line()
         self.at: dict[str, str] = {}  # running call -> engine
         self.tally = Tally()

@@ -7,7 +7,7 @@ the others' work too.
 """
 
 from outrider.agents.events import Call, Usage
-from outrider.agents.settings import GatewaySettings
+from outrider.agents.settings import Foresight
 
 WEIGHT = 0.2  # of a call that had its engine to itself
 LEAST_TOKENS = 16  # below, timings say more about the network than about the engine
@@ -16,11 +16,11 @@ LEAST_TOKENS = 16  # below, timings say more about the network than about the en
 class Rates:
     """Current beliefs; all in seconds per token, `tokens_per_char` in tokens per character of canonical prompt."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        self.tokens_per_char = settings.foresight.tokens_per_char
-        self.prefill_s = settings.foresight.prefill_s_per_token
-        self.decode_s = settings.foresight.decode_s_per_token
-        self.load_s = settings.memory.load_s_per_token
+    def __init__(self, settings: Foresight) -> None:
+        self.tokens_per_char = settings.tokens_per_char
+        self.prefill_s = settings.prefill_s_per_token
+        self.decode_s = settings.decode_s_per_token
+        self.load_s = settings.load_s_per_token
 
     def prompt_tokens(self, chars: int) -> int:
         return max(1, round(chars * self.tokens_per_char))

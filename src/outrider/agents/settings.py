@@ -42,6 +42,9 @@ class Foresight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_char: float = 0.25
     prefill_s_per_token: float = 0.001
     decode_s_per_token: float = 0.03
+    load_s_per_token: float = 0.00005  # from memory into an engine
+    memory_tokens: int = 1_000_000  # prefix tokens that memory is believed to hold, over all tiers
+    kv_tokens: int = 0  # KV capacity of an engine that does not report it; 0: unknown, no reservation is enforced
     roles: int = 1024  # (role, stage) histories kept, least recently used out
     workflows: int = 4096  # workflows remembered at once, least recently used out
 
@@ -50,22 +53,14 @@ class Foresight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not 0 < getattr(self, name) < 1:
                 raise CallerError(f"agents.foresight.{name}: {getattr(self, name)} given, must lie between 0 and 1.")
         for name in self.__struct_fields__:
-            if getattr(self, name) <= 0:
+            if getattr(self, name) <= 0 and name != "kv_tokens":
                 raise CallerError(f"agents.foresight.{name}: {getattr(self, name)} given, must be above 0.")
-
-
-class Attached(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the policy assumes of a memory server. `stack` sets `attached` when one is connected."""
-
-    attached: bool = False  # send wants, and count remembered prefixes as loadable
-    tokens: int = 1_000_000  # prefix tokens that memory is believed to hold, over all tiers
-    load_s_per_token: float = 0.00005  # from memory into an engine; corrected online
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The gateway: engines behind it, its door, its order and its routing."""
 
-    engines: tuple[str, ...]  # base URLs, http://host:port; their order breaks ties
+    engines: tuple[str, ...] = ()  # base URLs, http://host:port; their order breaks ties
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     policy: Literal["fcfs", "srtf"] = "srtf"
@@ -73,11 +68,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     credit: int = 8  # calls in flight per engine; the rest waits here, where it can be reordered
     queue_limit: int = 1024  # waiting calls; beyond: 429
     oldest_share_every: int = 10  # every Nth start of an engine goes to its oldest waiting call (law 9)
-    kv_tokens: int = 0  # KV capacity of an engine that does not report it; 0: unknown, no reservation is enforced
+    memory_attached: bool = False  # a memory server hears our wants, and gives remembered prefixes back to engines
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: Limits = Limits()
     foresight: Foresight = Foresight()
-    memory: Attached = Attached()
 
     def __post_init__(self) -> None:
         if not self.engines:
