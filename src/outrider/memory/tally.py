@@ -1,0 +1,63 @@
+"""What memory counts, and under which names `Store.stats` reports it. Pure; owned by `policy.py`.
+
+hit_blocks, miss_blocks      blocks of leases that were granted, and that were not
+moved_bytes                  by way: "engine->host" saved, "host->engine" leased, "host->disk", "disk->host"
+evictions                    copies that left a tier to make room
+checksum_failures            disk copies that were not what was stored: dropped, never served
+disk_failures                other failures, by reason: ENOSPC, EIO, ...
+refused_blocks               blocks that found no room in host; unsaved_blocks: not worth a place on disk
+wants_met, wants_late        wants whose context came back with every block in host, or not
+wants_expired, wasted_bytes  wants given up; bytes lifted for wants and never leased
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from outrider.memory.residency import At, Residency
+
+DAMAGE = ("checksum", "stale", "short")
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters since the start of the policy object."""
+
+    hit_blocks: int = 0
+    miss_blocks: int = 0
+    refused_blocks: int = 0
+    unsaved_blocks: int = 0
+    recovered_blocks: int = 0
+    checksum_failures: int = 0
+    wants_met: int = 0
+    wants_late: int = 0
+    wants_expired: int = 0
+    wasted_bytes: int = 0
+    moved_bytes: dict[str, int] = field(default_factory=dict)
+    evictions: dict[str, int] = field(default_factory=dict)
+    disk_failures: dict[str, int] = field(default_factory=dict)
+
+    def moved(self, src: str, dst: str, size_bytes: int) -> None:
+        way = f"{src}->{dst}"
+        self.moved_bytes[way] = self.moved_bytes.get(way, 0) + size_bytes
+
+    def evicted(self, place: str) -> None:
+        self.evictions[place] = self.evictions.get(place, 0) + 1
+
+    def failure(self, reason: str) -> None:
+        if reason in DAMAGE:
+            self.checksum_failures += 1
+        else:
+            self.disk_failures[reason] = self.disk_failures.get(reason, 0) + 1
+
+    def report(self, residency: Residency, **extra: int) -> dict[str, Any]:
+        """Counters, and what each tier holds now."""
+        counters: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        tiers: dict[str, dict[str, int]] = {}
+        for place in residency.places:
+            tiers[place] = {
+                "capacity_bytes": residency.ledger.capacity_bytes(place),
+                "used_bytes": residency.ledger.used_bytes[place],
+                "free_bytes": residency.ledger.free_bytes(place),
+                "blocks": sum(block.state[place] is At.HERE for block in residency.blocks.values()),
+            }
+        return counters | extra | {"tiers": tiers}
