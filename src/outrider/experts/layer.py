@@ -165,7 +165,7 @@ class SpreadBlock(nn.Module):
         rows = tokens[real.repeat_interleave(top_k)[order]]
         arrived = _exchange(rows, send, receive, self.group)
         returned = _exchange(self.experts(arrived, received_RE), receive, send, self.group)
-        by_token = returned[order.argsort()].view(len(real), top_k, -1)
+        by_token = returned[order.argsort()].view(len(real), top_k, tokens.shape[1])
         total = by_token[:, 0] * weights[:, 0, None]
         for k in range(1, top_k):
             total = total + by_token[:, k] * weights[:, k, None]

@@ -66,7 +66,7 @@ class MicroBatch:
         return everything.gather(-1, self.targets.unsqueeze(-1)).squeeze(-1), entropy
 
     def loss_sum(self, log_probs: Tensor, entropy: Tensor, old: Tensor) -> Tensor:
-        """Sum over generated tokens of PPO's clipped objective and bonus, negated; 0, but differentiable, without any."""
+        """Minus the sum over generated tokens of PPO's clipped objective and bonus; differentiable without any."""
         ratio = (log_probs - old).exp()
         gain = torch.minimum(ratio * self.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * self.advantage)
         return -torch.where(self.generated, gain + ENTROPY * entropy, 0.0 * log_probs).sum()

@@ -21,6 +21,7 @@ from outrider.lab.processes import Child, Children
 from outrider.lab.rl.rollouts import Rollout, save
 
 Floats = np.ndarray[Any, np.dtype[Any]]
+START_S = 60.0  # to import torch and read the model on a busy machine
 
 
 class Arm(msgspec.Struct, frozen=True):
@@ -84,11 +85,11 @@ def run(
     slots               spare expert slots per rank and layer; unused when `balanced` is False
     journal_dir         existing directory for experts.RANK.jsonl
     micro_batch_tokens  per rank
-    timeout_s           for one exchange between ranks, and five times that for the whole
+    timeout_s           for one exchange between ranks; the whole, start apart, may take five times as long
     Raises CallerError for input that cannot work, WorldError when a rank died or the time was up.
     """
     arm = _arm("balanced", slots, journal_dir) if balanced else _arm("static", 0, journal_dir)
-    return _run([arm], model, rollouts, ranks, micro_batch_tokens, dtype, timeout_s)[0]
+    return run_arms([arm], model, rollouts, ranks, micro_batch_tokens, dtype, timeout_s)[0]
 
 
 def compare(
@@ -110,7 +111,7 @@ def compare(
     if static_dir:
         static_dir.mkdir(exist_ok=True)
     arms = [_arm("static", 0, static_dir), _arm("balanced", slots, journal_dir)]
-    static, balanced = _run(arms, model, rollouts, ranks, micro_batch_tokens, dtype, timeout_s)
+    static, balanced = run_arms(arms, model, rollouts, ranks, micro_batch_tokens, dtype, timeout_s)
     return {
         "loss_static": static.loss,
         "loss_balanced": balanced.loss,
@@ -135,19 +136,16 @@ def gradient_difference(a: dict[str, Floats], b: dict[str, Floats]) -> float:
     return max(float(np.abs(a[n] - b[n]).max()) for n in b) / max(float(np.abs(b[n]).max()) for n in b)
 
 
-def _arm(name: str, slots: int, journal_dir: Path | None) -> Arm:
-    return Arm(name, slots, str(journal_dir) if journal_dir else None)
-
-
-def _run(
+def run_arms(
     arms: Sequence[Arm],
     model: str,
     rollouts: Sequence[Rollout],
-    ranks: int,
-    micro_batch_tokens: int,
-    dtype: str,
-    timeout_s: float,
+    ranks: int = 2,
+    micro_batch_tokens: int = 512,
+    dtype: str = "float32",
+    timeout_s: float = 120.0,
 ) -> list[StepResult]:
+    """Several arms, one after another in the same ranks; weights are the same for each. Errors as `run`."""
     if not rollouts or any(len(r.prompt) < 1 or len(r.output) < 1 for r in rollouts):
         raise CallerError("rollouts: every sequence needs a prompt and an output token. Leave empty answers out.")
     if ranks < 1 or micro_batch_tokens < 1:
@@ -159,8 +157,12 @@ def _run(
         (directory / "job.json").write_bytes(msgspec.json.encode(job))
         with Children(directory) as children:
             started = [children.start(f"rank {rank}", _command(directory, rank)) for rank in range(ranks)]
-            _await_all(started, 5 * timeout_s)
+            _await_all(started, START_S + 5 * timeout_s)
         return [_gather(directory, arm.name, ranks) for arm in arms]
+
+
+def _arm(name: str, slots: int, journal_dir: Path | None) -> Arm:
+    return Arm(name, slots, str(journal_dir) if journal_dir else None)
 
 
 def _command(directory: Path, rank: int) -> list[str]:
