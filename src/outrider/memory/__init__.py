@@ -11,6 +11,8 @@
         store.complete(slots)
         with store.lease(keys[: store.lookup(keys)]) as lease:
             print(len(lease.views), lease.views[0].nbytes)       # 4 4096
+
+`events.py` is the whole interface between deciding (`policy.py`) and doing (`move.py`): read it first.
 """
 
 from outrider.memory.keys import KeySpace

@@ -11,7 +11,6 @@ from typing import Any, assert_never
 import msgspec
 
 from outrider.memory import events as ev
-from outrider.memory import foresee, plan
 from outrider.memory.demand import Debt, Demands, Lease
 from outrider.memory.flights import OPEN_END_S, Flights
 from outrider.memory.paths import Paths
@@ -19,7 +18,7 @@ from outrider.memory.residency import At, Block, Residency
 from outrider.memory.room import Room
 from outrider.memory.settings import Settings
 from outrider.memory.tally import Tally
-from outrider.wants import Want
+from outrider.memory.told import Told
 
 COPIES_PER_SAVE = 64
 
@@ -39,8 +38,8 @@ class Policy:
         self.demands = Demands()
         self.flights = Flights(self.residency)
         self.room = Room(settings, self.residency, self.paths)
+        self.told = Told(self.residency, self.paths)
         self.tally = Tally()
-        self._missing: dict[str, None] = {}  # told blocks that are on disk only
         self._dirty: dict[str, None] = {}  # published in host, to be saved, oldest first
         self._generation = 0
         self._save_after_s = self._wake_at_s = -OPEN_END_S
@@ -67,11 +66,11 @@ class Policy:
             case ev.Remembered(path, items):
                 self.paths.remember(path, items)
                 self.room.touch(items)
-                self._watch(items)
+                self.told.watch(items, now)
             case ev.Wanted(want):
-                self._want(want)
+                self.told.want(want, now)
             case ev.Withdrawn(item):
-                self._withdraw(item)
+                self.told.withdraw(item, now)
             case ev.Flushed(client, request):
                 self._owe(client, request, self._unsaved())
             case ev.Left(client):
@@ -129,7 +128,7 @@ class Policy:
         for want in self.paths.returned(event.items):
             self.tally.wants_late += bool(lease.waiting)
             self.tally.wants_met += not lease.waiting
-            self._drop_want(want.item)
+            self.told.drop(want.item, self._now)
         self._grant_if_whole(lease)
 
     def _grant_if_whole(self, lease: Lease) -> None:
@@ -149,13 +148,8 @@ class Policy:
     def _stop_waiting(self, lease: Lease) -> None:
         for item in lease.waiting:
             self.residency.blocks[item].joins.pop(lease.name, None)
-            self._cancel_if_unwanted(item)
+            self.told.cancel(item, self._now)
         lease.waiting.clear()
-
-    def _cancel_if_unwanted(self, item: str) -> None:
-        block = self.residency.blocks.get(item)
-        if block and block.state["host"] is At.COMING and not block.joins and item not in self.paths.told:
-            self.residency.turn(block, "host", "cancel", self._now)
 
     def _release(self, client: int, request: int) -> None:
         lease = self.demands.leases.pop((client, request), None)
@@ -239,40 +233,6 @@ class Policy:
         for item in drafts:
             self.residency.leave(self.residency.blocks[item], "host", "abandon", self._now)
 
-    # what is told about the future ---------------------------------------------------------------------------------
-
-    def _want(self, want: Want) -> None:
-        if want.saved_s <= 0:
-            self._withdraw(want.item)
-            return
-        self._drop_want(want.item)
-        self.paths.add_want(want)
-        self._watch(self.paths.items(want.item))
-
-    def _watch(self, items: tuple[str, ...]) -> None:
-        """Of a chain's wanted blocks, lift those on disk only; want again those on their way unwanted."""
-        for item in items:
-            block = self.residency.blocks.get(item)
-            if block is None or item not in self.paths.told:
-                continue
-            block.ended = False
-            if block.state["host"] is At.ABSENT:
-                self._missing[item] = None
-            elif block.state["host"] is At.UNWANTED:
-                self.residency.turn(block, "host", "want", self._now)
-
-    def _drop_want(self, name: str) -> None:
-        if self.paths.drop_want(name) is not None:
-            for item in self.paths.items(name):
-                self._cancel_if_unwanted(item)
-
-    def _withdraw(self, name: str) -> None:
-        self._drop_want(name)
-        for item in self.paths.end(name):
-            block = self.residency.blocks.get(item)
-            if block is not None:
-                block.ended = True
-
     # what moves ----------------------------------------------------------------------------------------------------
 
     def _recover(self, blocks: tuple[ev.Found, ...]) -> None:
@@ -287,9 +247,7 @@ class Policy:
     def _expire(self) -> None:
         for lease in self.demands.due(self._now):
             self._grant(lease)
-        for want in [want for want in self.paths.wants.values() if want.by_s + self.settings.patience_s <= self._now]:
-            self.tally.wants_expired += 1
-            self._drop_want(want.item)
+        self.tally.wants_expired += self.told.give_up(self.settings.patience_s, self._now)
 
     def _load(self) -> None:
         """Bring to host what leases wait for, then what wants can have in time and find room for."""
@@ -302,9 +260,7 @@ class Policy:
                     if start is None:
                         break
                     copies.append(self._lift(block, start))
-        self._missing = {item: None for item in self._missing if item in self.paths.told}
-        queue = [(want, at, item) for item in self._missing for want, at in self.paths.wants_of(item)]
-        for want, item in plan.lifts(queue):
+        for want, item in self.told.queue():
             block = self.residency.blocks[item]
             by_s = want.by_s if want.by_s > self._now else OPEN_END_S  # overdue: better late than by the engine's lease
             if self.flights.end_s(block, "disk", "host", self._now) > by_s:
@@ -321,7 +277,7 @@ class Policy:
                 self._grant(lease)
 
     def _lift(self, block: Block, start: int, by_s: float = OPEN_END_S) -> ev.Copy:
-        self._missing.pop(block.item, None)
+        self.told.missing.pop(block.item, None)
         return self.flights.start(block, "disk", "host", start, self._now, by_s)
 
     def _save(self) -> None:
@@ -404,7 +360,7 @@ class Policy:
         """What follows from a block having left a tier."""
         if place == "disk":
             self._out.append(ev.Erase((block.item,)))
-            self._missing.pop(block.item, None)
+            self.told.missing.pop(block.item, None)
             self._lost(block)
             return
         self._count_waste(block)
@@ -412,7 +368,7 @@ class Policy:
         if not self.residency.published(block.item):
             self._lost(block)
         elif block.item in self.paths.told:
-            self._missing[block.item] = None
+            self.told.missing[block.item] = None
 
     def _count_waste(self, block: Block) -> None:
         self.tally.wasted_bytes += block.size_bytes * block.lifted
@@ -421,12 +377,8 @@ class Policy:
     def _set_timer(self) -> None:
         """Ask for a wake-up at the next moment at which something must happen by itself."""
         moments = [lease.by_s for lease in self.demands.hungry()]
-        moments += [want.by_s + self.settings.patience_s for want in self.paths.wants.values()]
+        moments += self.told.moments(self.settings.patience_s, self.settings.disk_read)
         moments += [self._save_after_s] * bool(self._dirty)
-        for item in self._missing:
-            copy_s = len(self._missing) * self.residency.blocks[item].size_bytes / self.settings.disk_read
-            for want, _ in self.paths.wants_of(item):
-                moments += [foresee.latest_start_s(want.by_s, copy_s), want.by_s]
         later = [at_s for at_s in moments if at_s > self._now]
         if later and (min(later) < self._wake_at_s or self._wake_at_s <= self._now):
             self._wake_at_s = min(later)
