@@ -1,4 +1,4 @@
-"""The block on three ranks against the block itself: same bits forward, same gradients, for right and wrong foresight."""
+"""The block on three ranks against the block itself: same bits forward, same gradients, whatever was foreseen."""
 
 import sys
 import time
