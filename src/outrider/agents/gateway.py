@@ -30,7 +30,7 @@ from outrider.wants import Want
 
 LOG = logging.getLogger("outrider.agents")
 SECRETS = ("authorization", "x-api-key")
-STOP_S = 0.3  # open calls get this long to end on their own when we stop
+STOP_S = 0.1  # open calls get this long to end on their own when we stop
 
 
 class Gateway:

@@ -71,7 +71,7 @@ class Flight:
 
 
 class Mover:
-    """The shell around one policy. `on_want` must not block: whoever hands it in queues wants and carries them itself."""
+    """The shell around one policy. `on_want` must not block: whoever hands it in carries wants by itself."""
 
     def __init__(
         self, settings: GatewaySettings, on_want: Callable[[Want], None] | None = None, journal: Journal | None = None
@@ -114,6 +114,7 @@ class Mover:
                 self._journal.write(now, event, commands)
             except OSError as error:
                 LOG.error("journal %s: %s. It ends here; calls go on.", self._journal.path, error.strerror)
+                self._journal.close()
                 self._journal = None
         self.stories.note(now, event, commands)
         self.exposition.note(commands)

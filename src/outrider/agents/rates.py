@@ -46,9 +46,9 @@ class Rates:
                 self.decode_s *= scale
             return
         loaded_s = usage.external_tokens * self.load_s
-        if computed >= LEAST_TOKENS:
+        if computed >= max(LEAST_TOKENS, usage.external_tokens):
             self.prefill_s += weight * (clamp((ttft_s - loaded_s) / computed, 1e-7, 1.0) - self.prefill_s)
-        if usage.external_tokens >= LEAST_TOKENS:
+        if usage.external_tokens >= max(LEAST_TOKENS, 2 * computed):  # else the prefill's error would be its
             seen_s = (ttft_s - computed * self.prefill_s) / usage.external_tokens
             self.load_s += weight * (clamp(seen_s, 1e-8, 1.0) - self.load_s)
         if usage.output_tokens >= 4:
