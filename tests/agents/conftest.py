@@ -1,4 +1,4 @@
-"""A small real HTTP engine with canned answers and every kind of misbehaviour, and a gateway before it. Nothing is mocked."""
+"""A small real HTTP engine with canned answers and all kinds of misbehaviour, and a gateway before it. No mocks."""
 
 import asyncio
 import json
@@ -161,11 +161,15 @@ class Door:
         async with self.session.get(self.url + path) as answer:
             return await answer.json()
 
+    async def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
+        """TimeoutError unless it comes true in time."""
+        async with asyncio.timeout(within_s):
+            while not condition():  # noqa: ASYNC110  any condition, not one that somebody announces
+                await asyncio.sleep(0.001)
+
     async def calm(self) -> None:
         """Wait until nothing is in flight; fails when something never is released."""
-        async with asyncio.timeout(5):
-            while self.policy.at or len(self.policy.line) or self.gateway.mover.flights:
-                await asyncio.sleep(0.005)
+        await self.until(lambda: not (self.policy.at or len(self.policy.line) or self.gateway.mover.flights))
         assert all(engine.reserved_tokens == 0 for engine in self.policy.engines.values())
         self.policy.check()
 
@@ -189,7 +193,7 @@ async def farm() -> AsyncIterator[Callable[..., Awaitable[list[FakeEngine]]]]:
 
 @pytest.fixture
 async def door(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Door]]]:
-    """door(engines, credit=1, limits={...}): a gateway before them, all engines up. Afterwards nothing is left in it."""
+    """door(engines, credit=1, limits={...}): a gateway before them, all engines up. Nothing may be left in it."""
     opened: list[Door] = []
 
     async def start(engines: list[FakeEngine], limits: dict[str, Any] | None = None, **options: Any) -> Door:
@@ -200,9 +204,8 @@ async def door(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Door]]]:
         await gateway.start()
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
         opened.append(Door(gateway, session, wants, tmp_path))
-        async with asyncio.timeout(5):
-            while not all(engine.alive for engine in gateway.mover.policy.engines.values()):
-                await asyncio.sleep(0.005)
+        known = gateway.mover.policy.engines.values()
+        await opened[-1].until(lambda: all(engine.alive for engine in known))
         return opened[-1]
 
     yield start

@@ -1,4 +1,4 @@
-"""Every request gets exactly one answer, whatever dies, and nothing of it stays behind. Correctness list 1-3 and 17, live."""
+"""Every request gets exactly one answer, whatever dies, and nothing of it stays behind. Correctness list 1-3, 17, live."""
 
 import asyncio
 import contextlib
@@ -46,9 +46,7 @@ async def test_an_engine_killed_before_the_first_byte_costs_time_only(farm: Any,
     assert headers["Outrider-Engine"] == second.url
     first.behave = "well"
     await first.start()
-    async with asyncio.timeout(3):
-        while not gate.policy.engines[first.url].alive:
-            await asyncio.sleep(0.01)
+    await gate.until(lambda: gate.policy.engines[first.url].alive)
 
 
 async def test_a_whole_answer_whose_engine_dies_in_its_middle_is_asked_for_again(farm: Any, door: Any) -> None:
@@ -142,12 +140,9 @@ async def test_a_client_that_goes_leaves_nothing(farm: Any, door: Any, phase: st
     await engine.arrived.wait()
     if phase == "queued":
         second = asyncio.create_task(ask(gate))
-        while not len(gate.policy.line):
-            await asyncio.sleep(0.001)
+        await gate.until(lambda: len(gate.policy.line) == 1)
         second.cancel()
-        async with asyncio.timeout(0.1):
-            while len(gate.policy.line):
-                await asyncio.sleep(0.001)
+        await gate.until(lambda: not len(gate.policy.line), within_s=0.1)
     if phase == "stream":
         await asyncio.sleep(0.05)
     asked.cancel()
@@ -235,7 +230,7 @@ async def test_a_call_goes_where_its_model_is(farm: Any, door: Any) -> None:
 
 async def test_the_journal_replays_and_holds_no_secret(farm: Any, door: Any) -> None:
     """Real traffic with deaths in it: the same commands, byte for byte, and neither keys nor words of a prompt."""
-    first, second = engines = await farm(2)
+    first, *_ = engines = await farm(2)
     gate = await door(engines, credit=2, memory_attached=True)
     secret = {"Authorization": "Bearer sk-secret-1", "x-api-key": "sk-secret-2", "Outrider-Workflow": "wf"}
     said = [{"role": "user", "content": "the launch code is zq-4711"}]
@@ -266,7 +261,7 @@ async def test_a_journal_that_cannot_be_written_stops_no_call(farm: Any, door: A
     engines = await farm(1)
     gate = await door(engines)
     gate.gateway.mover._journal._file.close()
-    with caplog.at_level(logging.ERROR, "outrider.agents"), open("/dev/full", "wb", buffering=0) as full:
+    with caplog.at_level(logging.ERROR, "outrider.agents"), Path("/dev/full").open("wb", buffering=0) as full:
         gate.gateway.mover._journal._file = full
         assert (await ask(gate))[0] == 200
     assert "No space left" in caplog.text

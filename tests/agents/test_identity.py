@@ -237,5 +237,5 @@ def test_the_marks_that_move_do_not_count() -> None:
 
 def test_token_prompts_have_prefixes_too() -> None:
     ids = list(range(2000))
-    old, new = chain({"prompt": ids}), chain({"prompt": [*ids, 1, 2, 3] + ids})
+    old, new = chain({"prompt": ids}), chain({"prompt": [*ids, 1, 2, 3, *ids]})
     assert len(set(old) & set(new)) >= len(old) - 1

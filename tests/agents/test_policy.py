@@ -141,7 +141,7 @@ def test_fcfs_is_by_arrival_and_srtf_by_remaining_work() -> None:
 
 
 def test_remaining_work_is_learned_from_whole_workflows() -> None:
-    """A planner's call is short, but a whole workflow follows it; a summariser's is long and the last: it goes first."""
+    """A planner's call is short, but much follows it; a summariser's is long and the last: it goes first."""
     policy = make(engines=(A,), credit=1, foresight=Foresight(prior_calls=1.0))
     clock = 0.0
     for run in range(3):
@@ -181,7 +181,7 @@ def test_a_returning_context_goes_where_its_prefix_is() -> None:
 
 
 def test_a_prefix_is_left_behind_when_waiting_costs_more() -> None:
-    """In seconds: 100 tokens of prefill are not worth waiting behind 4,000; and never for an engine that is full for long."""
+    """In seconds: 100 tokens of prefill are not worth waiting behind 10,000."""
     policy = make(credit=1)
     policy.handle(Arrived(call("x1", "x", "a")), 0.0)
     policy.handle(done("x1"), 1.0)
@@ -246,7 +246,7 @@ def test_a_remembered_prefix_counts_as_loadable_only_with_memory() -> None:
         assert score.prefill_s < 2.0 if attached else score.prefill_s > 3.0
 
 
-# -- endings ------------------------------------------------------------------------------------------------------------
+# -- endings ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_a_failure_leads_to() -> None:
@@ -305,11 +305,11 @@ def test_a_slow_probe_is_no_death_but_three_are() -> None:
     assert not policy.engines[A].alive
 
 
-# -- wants --------------------------------------------------------------------------------------------------------------
+# -- wants ------------------------------------------------------------------------------------------------------------
 
 
 def test_wants_foresee_the_next_turn_and_end_with_the_workflow() -> None:
-    """Each answer wants its context back when turns of this role usually follow; the next turn's answer takes it over."""
+    """Each answer wants its context back when turns of this role usually follow; the next answer takes it over."""
     policy = make(memory_attached=True, foresight=Foresight(prior_gap_s=5.0))
     clock, chain, told = 100.0, "ab", []
     for turn in range(6):
@@ -370,7 +370,7 @@ def test_what_clients_invent_is_bounded() -> None:
     assert len(policy.workflows.remaining.histories) <= 16
 
 
-# -- law 8 under any sequence ---------------------------------------------------------------------------------------------
+# -- law 8 under any sequence -----------------------------------------------------------------------------------------
 
 
 class Everything(RuleBasedStateMachine):
