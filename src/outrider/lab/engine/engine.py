@@ -152,10 +152,8 @@ class Engine:
         self.metrics.sampled(request)
         params, text, done = request.params, self.texts[request], len(request.generated)
         news = text.add([token])
-        free_to_stop = done >= params.min_tokens
-        if (free_to_stop and ((token in self.eos and not params.ignore_eos) or token in params.stop_token_ids)) or (
-            free_to_stop and text.stopped
-        ):
+        ended = (token in self.eos and not params.ignore_eos) or token in params.stop_token_ids or text.stopped
+        if ended and done >= params.min_tokens:
             request.finish = "stop"
         elif done >= params.max_tokens:
             request.finish = "length"

@@ -45,6 +45,7 @@ class Batch:
     pasts: list[Past]
     write: torch.Tensor  # [T] row of each token in the pool seen as (blocks * layers * 2 * block_tokens, heads * dim)
     gather: torch.Tensor  # row of each past block in the pool seen as (blocks * layers * 2, block_tokens * heads * dim)
+    scratch: torch.Tensor  # [2, past blocks, block_tokens * heads * dim] where K and V of the past are gathered
 
 
 class Forward:
@@ -56,8 +57,9 @@ class Forward:
         heads = config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.pool = torch.zeros(capacity, config.num_hidden_layers, 2, block_tokens, heads, dim, dtype=model.dtype)
+        self.scratch = torch.empty(2, 0, 0)
         self.gates = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]
-        self.top_k = self.gates[0].top_k if self.gates else 0
+        self.top_k: int = config.num_experts_per_tok if self.gates else 0
         self.routes = np.zeros((capacity, block_tokens, len(self.gates), self.top_k), np.int16)
         self.chosen: list[torch.Tensor] = []  # by layer, of the pass that is running
         for gate in self.gates:
@@ -101,7 +103,10 @@ class Forward:
             begin, blocks = begin + c.count, blocks + count
         stride = self.pool.shape[1] * 2
         write = torch.cat(own) * stride * self.block_tokens + positions % self.block_tokens
-        return Batch(self.pool, self.stop, pasts, write, torch.tensor(seen, dtype=torch.long) * stride)
+        if len(seen) > self.scratch.shape[1]:  # kept between passes: fresh pages cost more than the copy into them
+            self.scratch = torch.empty(2, 2 * len(seen), self.pool[0, 0, 0].numel(), dtype=self.pool.dtype)
+        gather = torch.tensor(seen, dtype=torch.long) * stride
+        return Batch(self.pool, self.stop, pasts, write, gather, self.scratch[:, : len(seen)])
 
     def routes_of(self, blocks: Sequence[int], tokens: int) -> np.ndarray:
         """Expert ids int16 [tokens, layers, top_k] of a request's computed tokens."""
@@ -123,7 +128,8 @@ def attend(
     tokens.index_copy_(0, row + block_tokens, v[0].transpose(0, 1).reshape(-1, groups * dim))
     if len(batch.gather):
         page = batch.gather + layer * 2
-        past_k, past_v = pages.index_select(0, page), pages.index_select(0, page + 1)
+        past_k = torch.index_select(pages, 0, page, out=batch.scratch[0])
+        past_v = torch.index_select(pages, 0, page + 1, out=batch.scratch[1])
     out = torch.empty(q.shape[2], heads, dim, dtype=q.dtype)
     for p in batch.pasts:
         q_own = q[:, :, p.begin : p.end]

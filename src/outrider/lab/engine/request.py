@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it answers. Plain data, passed between the door, the engine's thread and the hook."""
+"""What the engine is asked for and what it answers. Plain data, between the door, the engine's thread and the hook."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""From logits to the next token of each request: greedy, or temperature and top-p from the request's own random state."""
+"""From logits to the next token of each request: greedy, or temperature and top-p from its own random state."""
 
 from collections.abc import Sequence
 

@@ -4,6 +4,7 @@ The event loop runs in the main thread, the engine in its own. A closed connecti
 """
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from outrider.errors import CallerError
 from outrider.lab.engine import models
@@ -27,6 +29,7 @@ from outrider.memory.keys import KeySpace
 
 MAX_OPEN = 1024  # requests at one time; more are refused with 429
 MAX_BODY_BYTES = 16 << 20
+Body = dict[str, Any]
 NOTE = "Outrider's embedded engine: small, real, for CPUs; not the product"
 
 
@@ -48,6 +51,7 @@ def serve(
     sock = bound(host, port)  # before the model is loaded: a port in use shows at once
     torch.set_num_threads(threads)
     door = Door.open(model, limits, dtype, memory, salt)
+    gc.freeze()  # the model stays: the collector need not walk it, neither while serving nor at the end
     asyncio.run(door.serve(sock))
 
 
@@ -138,7 +142,7 @@ class Door:
         body = await self.body(http)
         return await self.answer(http, body, text_prompt(body, self.tokenizer, self.engine.vocabulary), chat=False)
 
-    async def body(self, http: web.Request) -> dict[str, Any]:
+    async def body(self, http: web.Request) -> Body:
         try:
             body = json.loads(await http.read())
         except ValueError as error:
@@ -149,9 +153,7 @@ class Door:
             raise web.HTTPNotFound(text=f"The model {body['model']!r} is not here; this engine serves {self.name!r}.")
         return body
 
-    async def answer(
-        self, http: web.Request, body: dict[str, Any], prompt: list[int], chat: bool
-    ) -> web.StreamResponse:
+    async def answer(self, http: web.Request, body: Body, prompt: list[int], chat: bool) -> web.StreamResponse:
         checked = params(body, len(prompt), self.engine.context, None if chat else 16)  # 16: OpenAI's default there
         priority = body.get("priority") or 0
         if type(priority) is not int:
@@ -211,21 +213,20 @@ async def until_finished(news: asyncio.Queue[Output]) -> AsyncIterator[Output]:
             return
 
 
-def event(data: dict[str, Any]) -> bytes:
+def event(data: Body) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-def wants_ids(body: dict[str, Any]) -> bool:
+def wants_ids(body: Body) -> bool:
     return bool(body.get("return_token_ids") or body.get("return_routed_experts"))
 
 
 @web.middleware
-async def errors(http: web.Request, handler: Any) -> web.StreamResponse:
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every refusal in OpenAI's shape."""
     try:
-        answer: web.StreamResponse = await handler(http)
+        return await handler(request)
     except CallerError as error:
         return web.json_response(failure(str(error), 400), status=400)
     except web.HTTPException as error:
         return web.json_response(failure(error.text or error.reason, error.status), status=error.status)
-    return answer

@@ -1,4 +1,4 @@
-"""OpenAI's JSON in and out: bodies to prompts and Params, outputs to completions, chunks and usage. Pure but for tokenizing.
+"""OpenAI's JSON in and out: bodies to prompts and Params, outputs to completions, chunks and usage. No state.
 
 What this engine lacks is refused by name (400), never ignored silently, unless ignoring it cannot change the answer.
 """
@@ -81,8 +81,8 @@ def params(body: Mapping[str, Any], prompt_tokens: int, context: int, default_to
     asked = number(body, "max_completion_tokens", int, 1) or number(body, "max_tokens", int, 1)
     if room < 1 or (asked or 0) > room:
         raise CallerError(
-            f"{prompt_tokens} prompt tokens and max_tokens={asked or 1} do not fit: this engine holds {context} tokens a "
-            "request (the smaller of model context and --kv-tokens). Shorten the prompt or lower max_tokens."
+            f"{prompt_tokens} prompt tokens and max_tokens={asked or 1} do not fit: this engine holds {context} tokens "
+            "a request (the smaller of model context and --kv-tokens). Shorten the prompt or lower max_tokens."
         )
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
