@@ -1,4 +1,4 @@
-"""Every request gets exactly one answer, whatever dies, and nothing of it stays behind. Correctness list 1-3, 17, live."""
+"""Each request gets exactly one answer, whatever dies; nothing of it stays behind. Correctness list 1-3, 17, live."""
 
 import asyncio
 import contextlib
@@ -23,6 +23,8 @@ from outrider.agents.gateway import Gateway
 from outrider.agents.policy import Policy
 from outrider.agents.settings import GatewaySettings
 from outrider.errors import CallerError
+
+FULL = Path("/dev/full")
 
 
 async def ask(gate: Any, body: Any = None, **options: Any) -> tuple[int, bytes, Any]:
@@ -261,7 +263,7 @@ async def test_a_journal_that_cannot_be_written_stops_no_call(farm: Any, door: A
     engines = await farm(1)
     gate = await door(engines)
     gate.gateway.mover._journal._file.close()
-    with caplog.at_level(logging.ERROR, "outrider.agents"), Path("/dev/full").open("wb", buffering=0) as full:
+    with caplog.at_level(logging.ERROR, "outrider.agents"), FULL.open("wb", buffering=0) as full:  # noqa: ASYNC230
         gate.gateway.mover._journal._file = full
         assert (await ask(gate))[0] == 200
     assert "No space left" in caplog.text

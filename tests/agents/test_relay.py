@@ -18,7 +18,8 @@ ANTHROPIC = (
     b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":11,'
     b'"cache_read_input_tokens":100,"cache_creation_input_tokens":5,"output_tokens":1}}}\n\n'
     b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}\n\n'
-    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":23}}'
+    b"event: message_delta\n"
+    b'data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":23}}'
     b"\n\n"
     b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 )
