@@ -1,4 +1,4 @@
-"""Dialogues with the policy that a person can read; `OUTRIDER_GOLDEN=write pytest tests/agents/test_golden.py` rewrites them.
+"""Dialogues with the policy, to be read. To rewrite: `OUTRIDER_GOLDEN=write pytest tests/agents/test_golden.py`.
 
 Commit only a difference that you can explain: each line is a decision that users will see.
 """
