@@ -40,36 +40,36 @@ class MicroBatch:
 
     def __init__(self, rollouts: Sequence[Rollout], advantage: Sequence[float], like: Rollout) -> None:
         width = max((len(r.tokens) - 1 for r in rollouts), default=1)
-        rows = max(len(rollouts), 1)
-        self.inputs = torch.zeros((rows, width), dtype=torch.int64)
-        self.targets = torch.zeros((rows, width), dtype=torch.int64)
-        self.real = torch.zeros((rows, width), dtype=torch.bool)
-        self.generated = torch.zeros((rows, width), dtype=torch.bool)  # target was generated: it carries loss
-        self.advantage = torch.zeros((rows, 1))
-        self.routes = torch.full((rows, width, *like.routes.shape[1:]), -1, dtype=torch.int64)
+        shape = (max(len(rollouts), 1), width)
+        targets, advantages_of = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+        self.inputs = torch.zeros(shape, dtype=torch.int64)
+        self.real = torch.zeros(shape, dtype=torch.bool)
+        self.acts = torch.zeros(shape, dtype=torch.bool)  # the next token was generated here: it carries loss
+        self.routes = torch.full((*shape, *like.routes.shape[1:]), -1, dtype=torch.int64)
         for row, rollout in enumerate(rollouts):
             ids = torch.tensor(rollout.tokens)
             n = len(ids) - 1
-            self.inputs[row, :n], self.targets[row, :n] = ids[:-1], ids[1:]
+            self.inputs[row, :n], targets[row, :n] = ids[:-1], ids[1:]
             self.real[row, :n] = True
-            self.generated[row, len(rollout.prompt) - 1 : n] = True
-            self.advantage[row] = advantage[row]
+            self.acts[row, len(rollout.prompt) - 1 : n] = True
             self.routes[row, :n] = torch.from_numpy(rollout.routes[:n].astype(np.int64))
+            advantages_of[row] = advantage[row]
+        self.targets, self.advantage = targets[self.acts], advantages_of[self.acts]  # [generated]
 
     def log_probs(self, model: Any, blocks: Sequence[SpreadBlock]) -> tuple[Tensor, Tensor]:
-        """[rows, width] log-probability of each target and entropy at its place, routes replayed."""
+        """[generated] log-probability of each generated token, and the entropy it was drawn from; routes replayed."""
         for layer, block in enumerate(blocks):
             block.replay(self.routes[:, :, layer].flatten(0, 1), self.real.flatten())
-        logits = model(input_ids=self.inputs, use_cache=False).logits.float()
-        everything = torch.log_softmax(logits, dim=-1)
+        hidden = model.base_model(input_ids=self.inputs, use_cache=False).last_hidden_state[self.acts]
+        everything = torch.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
         entropy = -(everything.exp() * everything).sum(-1)
-        return everything.gather(-1, self.targets.unsqueeze(-1)).squeeze(-1), entropy
+        return everything.gather(-1, self.targets[:, None])[:, 0], entropy
 
     def loss_sum(self, log_probs: Tensor, entropy: Tensor, old: Tensor) -> Tensor:
-        """Minus the sum over generated tokens of PPO's clipped objective and bonus; differentiable without any."""
+        """Minus the sum of PPO's clipped objective and bonus; 0, but differentiable, where nothing was generated."""
         ratio = (log_probs - old).exp()
         gain = torch.minimum(ratio * self.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * self.advantage)
-        return -torch.where(self.generated, gain + ENTROPY * entropy, 0.0 * log_probs).sum()
+        return -(gain + ENTROPY * entropy).sum()
 
 
 def foreseen(rollouts: Sequence[Rollout], packed: Sequence[Sequence[Sequence[int]]], experts: int, ranks: int) -> Any:
