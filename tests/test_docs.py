@@ -4,9 +4,9 @@ import os
 import re
 from pathlib import Path
 
-import click
 import pytest
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from outrider.cli import app
 
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 WRITE = os.environ.get("OUTRIDER_GOLDEN") == "write"
 
 
-def commands(command: click.Command, name: str) -> list[tuple[str, click.Command]]:
-    if isinstance(command, click.Group):
+def commands(command: TyperCommand | TyperGroup, name: str) -> list[tuple[str, TyperCommand]]:
+    if isinstance(command, TyperGroup):
         return [pair for key, child in sorted(command.commands.items()) for pair in commands(child, f"{name} {key}")]
     return [(name, command)]
 
 
-def leaves() -> list[tuple[str, click.Command]]:
+def leaves() -> list[tuple[str, TyperCommand]]:
     return commands(typer.main.get_command(app), "outrider")
 
 
@@ -30,11 +30,11 @@ def cli_page() -> str:
     for name, command in leaves():
         page += [f"## `{name}`", "", command.help or "", "", "| option | meaning | default |", "|---|---|---|"]
         for parameter in command.params:
-            if isinstance(parameter, click.Option) and parameter.name != "help":
+            if isinstance(parameter, TyperOption) and parameter.name != "help":
                 default = "" if parameter.default is None or parameter.required else f"`{parameter.default}`"
                 need = "required" if parameter.required else default
                 page.append(f"| `{', '.join(parameter.opts)}` | {parameter.help} | {need} |")
-            elif isinstance(parameter, click.Argument):
+            elif isinstance(parameter, TyperArgument):
                 page.append(
                     f"| `{(parameter.name or '').upper()}` | {getattr(parameter, 'help', '') or ''} | required |"
                 )
@@ -50,11 +50,11 @@ def test_the_cli_page_is_fresh() -> None:
 
 
 @pytest.mark.parametrize(("name", "command"), leaves(), ids=lambda value: value if isinstance(value, str) else "")
-def test_every_command_has_help_and_an_example(name: str, command: click.Command) -> None:
+def test_every_command_has_help_and_an_example(name: str, command: TyperCommand) -> None:
     assert command.help, f"{name} has no help"
     assert (command.epilog or "").startswith(f"Example:  {name} "), f"{name} shows no example of itself"
     for parameter in command.params:
-        if isinstance(parameter, click.Option):
+        if isinstance(parameter, TyperOption):
             assert parameter.help, f"{name} {parameter.opts} has no help"
 
 
@@ -93,7 +93,7 @@ def test_the_readmes_python_runs(number: int, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_example_config_decodes() -> None:
-    from outrider.agents.policy import GatewaySettings
+    from outrider.agents.settings import GatewaySettings
 
     from outrider import settings
 

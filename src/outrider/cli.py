@@ -3,21 +3,28 @@
 Doors are imported inside their commands: `outrider --help` must not load torch.
 """
 
+import errno
 import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 import outrider
-from outrider.errors import CallerError, OutriderError
+from outrider.errors import OutriderError
 
 SAID_WRONG = 2  # exit code: the caller can mend it
 WENT_WRONG = 1  # exit code: it ran, and the answer is no
 INTERRUPTED = 130
+MENDS = {  # what the operating system may refuse, and what a person can do about it
+    errno.ENOSPC: "Free some space there, or name another place (TMPDIR, --keep, --journal, path=).",
+    errno.EDQUOT: "Free some of your quota there, or name another place (TMPDIR, --keep, --journal, path=).",
+    errno.EACCES: "Give this user the right to it, or name another place.",
+    errno.EROFS: "Name a place that can be written.",
+}
 
 app = typer.Typer(
     name="outrider",
@@ -133,7 +140,7 @@ def serve(
 ) -> None:
     """The gateway: OpenAI-compatible, before one or more engines; orders, routes and foresees agent calls."""
     from outrider import settings, stack
-    from outrider.agents.policy import GatewaySettings
+    from outrider.agents.settings import GatewaySettings
 
     overrides = {
         "engines": engine,
@@ -217,17 +224,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         app(standalone_mode=True)
-    except (CallerError, OutriderError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"outrider: {error}", markup=False)
-        sys.exit(SAID_WRONG)
+    except OutriderError as error:
+        _fail(str(error))
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"outrider: {missing} is not installed. Run: pip install 'outrider[all]' -c constraints.txt", markup=False
-        )
-        sys.exit(SAID_WRONG)
+        _fail(f"{missing} is not installed. Run: pip install 'outrider[all]' -c constraints.txt")
+    except OSError as error:
+        if error.errno not in MENDS:
+            raise
+        _fail(f"{error.filename or 'a file that is being written'}: {error.strerror}. {MENDS[error.errno]}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _fail(sentence: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"outrider: {sentence}", markup=False)
+    sys.exit(SAID_WRONG)
 
 
 def _as_interrupt(signum: int, frame: object) -> None:

@@ -16,11 +16,13 @@ import msgspec
 from outrider import journal, memory
 from outrider.agents import events as agents_events
 from outrider.agents import policy as agents_policy
+from outrider.agents import settings as agents_settings
 from outrider.errors import CallerError, StoreGone
 from outrider.experts import events as experts_events
 from outrider.experts import policy as experts_policy
 from outrider.memory import events as memory_events
 from outrider.memory import policy as memory_policy
+from outrider.memory import settings as memory_settings
 from outrider.wants import Want
 
 WAITING_WANTS = 4096  # more than this many unsent wants: the oldest are worthless, new ones are dropped and counted
@@ -81,8 +83,8 @@ def serve_gateway(settings: Any, socket: Path | None, journal_dir: Path | None) 
 
 
 POLICIES: dict[str, tuple[Any, Any, Any]] = {  # journal's name: (events, settings, policy)
-    "memory": (memory_events.Event, memory_policy.Settings, memory_policy.Policy),
-    "agents": (agents_events.Event, agents_policy.Settings, agents_policy.Policy),
+    "memory": (memory_events.Event, memory_settings.Settings, memory_policy.Policy),
+    "agents": (agents_events.Event, agents_settings.GatewaySettings, agents_policy.Policy),
     "experts": (experts_events.Event, experts_policy.Settings, experts_policy.Policy),
 }
 

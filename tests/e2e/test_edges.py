@@ -80,7 +80,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     assert_one_sentence(outrider("engine", "--model", str(tmp_path), *arguments), str(tmp_path))
     assert_one_sentence(outrider("engine", "--model", str(tmp_path / "no"), *arguments), str(tmp_path / "no"))
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    assert_one_sentence(outrider("engine", "--model", str(tmp_path), *arguments), "bert")
+    assert_one_sentence(outrider("engine", "--model", str(tmp_path), *arguments), "BertModel")
 
 
 def test_wrong_tiers(tmp_path: Path) -> None:

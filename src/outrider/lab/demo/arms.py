@@ -110,7 +110,7 @@ def play(
     if arm.socket and arm.memory and arm.memory.running:
         with contextlib.closing(memory.connect(arm.socket, timeout_s=10, name="demo")) as store:
             stats = store.stats()
-        moved = stats["bytes_moved"]
+        moved = stats["moved_bytes"]
     return {
         **_figures(record, workflows),
         "kv": _kv(gateway),
