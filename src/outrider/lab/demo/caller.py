@@ -126,7 +126,8 @@ class Caller:
         messages: list[Message] = [{"role": "system", "content": SYSTEM}]
         for turn, (ask, pause_s) in enumerate(zip(agent.asks, agent.pauses_s, strict=True)):
             await asyncio.sleep(pause_s)
-            messages.append({"role": "user", "content": f"{ask}\n{told}" if turn == 0 and told else ask})
+            content = "\n".join(filter(None, (agent.opening, told, ask))) if turn == 0 else ask
+            messages.append({"role": "user", "content": content})
             last = turn == len(agent.asks) - 1
             answer = await self._call(workflow, agent, turn, messages, final and last)
             messages.append({"role": "assistant", "content": answer.text})
@@ -146,6 +147,7 @@ class Caller:
             "model": self._model,
             "messages": messages,
             "max_tokens": agent.answer_tokens,
+            "stop": ["\n\n"],
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -22,8 +22,8 @@ import outrider
 from outrider.errors import CallerError
 from outrider.lab.demo import arms, table, training, workload
 
-FULL = arms.Fleet(model="smollm2", kv_tokens=4096, tiers="host=768MiB,disk=4GiB")
-QUICK = arms.Fleet(model="tiny-moe", kv_tokens=3072, tiers="host=48MiB,disk=512MiB")
+FULL = arms.Fleet(model="smollm2", kv_tokens=2560, tiers="host=768MiB,disk=4GiB")
+QUICK = arms.Fleet(model="tiny-moe", kv_tokens=1152, tiers="host=8MiB,disk=512MiB")
 ARMS = ("baseline", "outrider")
 
 

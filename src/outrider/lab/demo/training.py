@@ -28,7 +28,7 @@ def run(run_dir: Path, roots: tuple[Path, ...], quick: bool, on_step: Callable[[
     own.mkdir()
     prompts, output_tokens = (6, 24) if quick else (16, 48)
     shape = workload.Shape(workflows=prompts, reviewers=1, excerpt_chars=600)
-    asks = [flow.reviewers[0].asks[0] for flow in workload.build(roots, shape)]
+    asks = [flow.reviewers[0].opening for flow in workload.build(roots, shape)]
     batch = rolled_out(own, asks, output_tokens)
     on_step("experts: one RL step")
     figures = step.compare(MODEL, batch, journal_dir=own, micro_batch_tokens=512)

@@ -10,7 +10,7 @@ Tools are real (they read the file that is reviewed); how long they take is emul
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,9 +29,7 @@ class Shape:
     excerpt_chars: int = 2700
     tool_chars: int = 700
     reviser_turns: int = 4
-    answer_tokens: dict[str, int] = field(
-        default_factory=lambda: {"planner": 64, "reviewer": 48, "reviser": 56, "tester": 64, "summariser": 48}
-    )
+    answer_tokens: int = 128  # at most; an answer ends with its first paragraph
     pause_s: tuple[float, float] = (1.0, 4.0)
     arrival_gap_s: float = 1.5
 
@@ -42,9 +40,9 @@ QUICK = Shape(
     excerpt_chars=1600,
     tool_chars=400,
     reviser_turns=3,
+    answer_tokens=20,
     pause_s=(0.2, 0.6),
     arrival_gap_s=0.2,
-    answer_tokens={"planner": 24, "reviewer": 16, "reviser": 20, "tester": 16, "summariser": 16},
 )
 
 
@@ -65,11 +63,13 @@ class Excerpt:
 class Agent:
     """One conversation: what it is asked, turn by turn. Its answers are appended as they come.
 
-    pauses_s[i] is how long the tool before turn i takes; the first is 0.
+    opening      what it looks at, before what other agents told it and the first ask
+    pauses_s[i]  how long the tool before turn i takes; the first is 0
     """
 
     role: str
     name: str
+    opening: str
     asks: tuple[str, ...]
     pauses_s: tuple[float, ...]
     answer_tokens: int
@@ -155,43 +155,34 @@ def _pieces(path: Path, shown: Path, size: int) -> Iterator[Excerpt]:
 
 def _workflow(number: int, excerpts: list[Excerpt], shape: Shape) -> Workflow:
     name = f"review-{number}"
-    tokens = shape.answer_tokens
 
-    def agent(role: str, asks: list[str], which: str = "") -> Agent:
+    def agent(role: str, opening: str, asks: list[str], which: str = "") -> Agent:
         own = f"{name}/{role}{which}"
         pauses = tuple(0.0 if i == 0 else _pause_s(f"{own}/{i}", shape.pause_s) for i in range(len(asks)))
-        return Agent(role, own, tuple(asks), pauses, tokens[role])
+        return Agent(role, own, opening, tuple(asks), pauses, shape.answer_tokens)
 
     listing = "\n".join(f"- {e.title}, {len(e.text.splitlines())} lines: {_outline(e)}" for e in excerpts)
     first, last = excerpts[0], excerpts[-1]
+    doubt, mend = "Is it still a defect? What follows?", "Revise the change with this in mind."
     reviewers = tuple(
-        agent(
-            "reviewer",
-            [_look_at(e, "Name the most likely defect."), _tool(e, 0, shape, "Is it still a defect? What follows?")],
-            f"-{i}",
-        )
+        agent("reviewer", _file(e), ["Name the most likely defect.", _tool(e, 0, shape, doubt)], f"-{i}")
         for i, e in enumerate(excerpts)
     )
-    mend = "Revise the change with this in mind."
     growth = [_tool(first, turn, shape, mend) for turn in range(1, shape.reviser_turns)]
     return Workflow(
         name,
-        planner=agent(
-            "planner", [f"Plan a review of these files:\n{listing}\nSay what each reviewer should look for."]
-        ),
+        planner=agent("planner", f"Files:\n{listing}", ["Plan a review: what should each reviewer look for?"]),
         reviewers=reviewers,
-        reviser=agent("reviser", [_look_at(first, "Propose one small change that mends it."), *growth]),
-        tester=agent("tester", [_look_at(last, "Write one test that would fail today.")]),
-        summariser=agent(
-            "summariser", [f"Summarise the review of {', '.join(e.path for e in excerpts)} for its owner."]
-        ),
+        reviser=agent("reviser", _file(first), ["Propose one small change that mends it.", *growth]),
+        tester=agent("tester", _file(last), ["Write one test that would fail today."]),
+        summariser=agent("summariser", f"Files:\n{listing}", ["Summarise the review for the owner of these files."]),
         start_s=number * shape.arrival_gap_s,
     )
 
 
-def _look_at(excerpt: Excerpt, ask: str) -> str:
-    """The file first, the question last: agents that look at the same file share the longest prefix."""
-    return f"{excerpt.title}:\n```\n{excerpt.text}\n```\n{ask}"
+def _file(excerpt: Excerpt) -> str:
+    """Agents that look at the same file begin with the same words."""
+    return f"{excerpt.title}:\n```\n{excerpt.text}\n```"
 
 
 def _tool(excerpt: Excerpt, turn: int, shape: Shape, ask: str) -> str:
