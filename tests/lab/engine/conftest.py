@@ -122,7 +122,9 @@ def drive() -> Callable[..., None]:
 def ask(drive: Callable[..., None]) -> Callable[..., list[tuple[Request, Answer]]]:
     """Submit prompts together and drive until all are answered."""
 
-    def run(engine: Engine, prompts: Sequence[Sequence[int]], count: int, **params: Any) -> list[tuple[Request, Answer]]:
+    def run(
+        engine: Engine, prompts: Sequence[Sequence[int]], count: int, **params: Any
+    ) -> list[tuple[Request, Answer]]:
         asked = []
         for i, prompt in enumerate(prompts):
             answer = Answer()

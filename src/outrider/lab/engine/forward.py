@@ -110,7 +110,7 @@ class Forward:
 
     def routes_of(self, blocks: Sequence[int], tokens: int) -> np.ndarray:
         """Expert ids int16 [tokens, layers, top_k] of a request's computed tokens."""
-        return self.routes[list(blocks)].reshape(-1, *self.routes.shape[2:])[:tokens].copy()
+        return self.routes[list(blocks)].reshape(len(blocks) * self.block_tokens, *self.routes.shape[2:])[:tokens]
 
 
 def attend(

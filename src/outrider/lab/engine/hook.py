@@ -13,6 +13,7 @@ ends with exactly one message to the engine, whatever happens: a memory server t
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
@@ -155,4 +156,7 @@ class Hook:
 
 def work(jobs: "SimpleQueue[Message | None]") -> None:
     while (job := jobs.get()) is not None:
-        job()
+        try:
+            job()
+        except Exception:  # a bug; the job's `finally` has answered the engine, and the next jobs go on
+            traceback.print_exc()

@@ -158,6 +158,8 @@ class Door:
         priority = body.get("priority") or 0
         if type(priority) is not int:
             raise CallerError("priority: give an integer; lower goes sooner.")
+        if checked.return_routes and not self.engine.forward.gates:
+            raise CallerError("return_routed_experts: this model has no experts to route to.")
         if self.open_requests >= MAX_OPEN:
             raise web.HTTPTooManyRequests(text=f"{MAX_OPEN} requests are open here already; come again later.")
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Output]()
