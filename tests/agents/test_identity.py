@@ -185,7 +185,7 @@ members = st.sampled_from(
 def test_nothing_a_client_sends_raises(headers: Headers, body: Any) -> None:
     sent = msgspec.json.encode(body)
     call, forwarded = read_call("c", "/v1/completions", headers, sent)
-    if not (isinstance(body, dict) and body.get("outrider") is not None):
+    if not (isinstance(body, dict) and "outrider" in body):
         assert forwarded == sent
     else:
         rest = {name: value for name, value in body.items() if name != "outrider"}
