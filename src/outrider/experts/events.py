@@ -13,7 +13,7 @@ object; all of them are told the same events and so reach the same commands (law
     ReturnGradients  gradients of these replicas go home, their slots' are zeroed    Began, Finished
     Fetch            expert weights go from a holder into a spare slot               Began
     Use              this placement and token split from now on                      Began
-    Tally            what was seen differs from what was planned: count it, say it   Ran
+    Tally            what was seen differs from what was planned: add it up          Ran
     Release          every replica is void: the optimizer will change the weights    Finished
 
 Legend of array suffixes: M micro-steps, L MoE layers, R ranks, E experts, S spare slots of a rank. All int64.

@@ -104,3 +104,8 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(CallerError, match=message):
         step.run("tiny-moe", **{"rollouts": rollouts, **change})
+
+
+def test_a_model_that_is_none_is_the_callers_fault(rollouts: list[Rollout], tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match=r"nowhere: no such directory"):
+        step.run(str(tmp_path / "nowhere"), rollouts)

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from outrider.errors import CallerError
 from outrider.experts.foresee import foresee
 from outrider.experts.layer import SpreadBlock, spread
 from outrider.experts.move import Mover
 from outrider.experts.plan import contiguous_homes, plan
 from outrider.experts.policy import Policy, Settings
 from outrider.lab.rl.rollouts import Rollout, advantages, load, pack
-from outrider.lab.rl.step import Arm, Job
+from outrider.lab.rl.step import SAID_WRONG, Arm, Job
 
 CLIP = 0.2  # PPO's clip range of the probability ratio
 ENTROPY = 0.01  # weight of the entropy bonus; it also keeps the loss of an on-policy step away from 0 = 0
@@ -168,7 +169,7 @@ def main(job_path: str, rank_text: str) -> None:
     rollouts = load(Path(job.directory) / "rollouts.npz")
     group = dist.group.WORLD
     assert group is not None
-    blocks = spread(model, contiguous_homes(model.config.num_experts, job.ranks), group)
+    blocks = spread(model, contiguous_homes(getattr(model.config, "num_experts", 0), job.ranks), group)
     plan(np.arange(64, dtype=np.int64).reshape(2, 2, 16) ** 2, slots=1)  # compiles, so that no arm is timed with it
     for arm in job.arms:
         run_arm(model, blocks, rollouts, job, arm)
@@ -176,4 +177,9 @@ def main(job_path: str, rank_text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    try:
+        main(sys.argv[1], sys.argv[2])
+    except CallerError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(SAID_WRONG)  # at once: tearing gloo down would write more lines, and the other rank waits

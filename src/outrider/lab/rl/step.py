@@ -21,6 +21,7 @@ from outrider.lab.processes import Child, Children
 from outrider.lab.rl.rollouts import Rollout, save
 
 Floats = np.ndarray[Any, np.dtype[Any]]
+SAID_WRONG = 2  # a rank's exit code for a CallerError, which is its last line
 START_S = 60.0  # to import torch and read the model on a busy machine
 
 
@@ -181,14 +182,18 @@ def _await_all(ranks: Sequence[Child], within_s: float) -> None:
 
 
 def _raise_on_failure(ranks: Sequence[Child]) -> None:
-    for rank in ranks:
-        code = rank.process.poll()
-        if code:
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise WorldError(
-                f"RL step: {rank.name} of {len(ranks)} {how}; the other ranks were stopped, no weight was changed."
-                f" Run it again. Its last words: {rank.last_words()}"
-            )
+    """Blame the rank that was killed before those that only lost it."""
+    failed = [(code, rank) for rank in ranks if (code := rank.process.poll())]
+    if not failed:
+        return
+    code, rank = min(failed, key=lambda one: one[0])
+    if code == SAID_WRONG:
+        raise CallerError(rank.last_words(1))
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    raise WorldError(
+        f"RL step: {rank.name} of {len(ranks)} {how}; the other ranks were stopped, no weight was changed."
+        f" Run it again. Its last words: {rank.last_words()}"
+    )
 
 
 def _gather(directory: Path, arm: str, ranks: int) -> StepResult:
