@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from outrider.errors import StoreGone
 from outrider.lab.engine import models
-from outrider.lab.engine.engine import Engine, Limits
-from outrider.lab.engine.request import Output, Params, Request
+from outrider.lab.engine.engine import Engine
+from outrider.lab.engine.request import Limits, Output, Params, Request
+from outrider.lab.engine.server import build
 from outrider.memory.keys import KeySpace
 
 
@@ -94,7 +95,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         model, tokenizer, digest = models.load(str(folder))
         limits = Limits(kv_tokens, **{"max_batch_tokens": 64, **sizes})
         space = KeySpace(model=digest, dtype="float32", layout="test", block_tokens=limits.block_tokens)
-        made.append(Engine.of(model, tokenizer, space.chain, limits, connect))
+        made.append(build(model, tokenizer, space.chain, limits, connect))
         return made[-1]
 
     yield make
@@ -186,10 +187,7 @@ class DictStore:
 
     def complete(self, slots: Sequence[Any], durable: bool = False) -> None:
         self.called("complete")
-        self.blocks.update({slot.key: bytes(slot.view) for slot in slots})
-
-    def abandon(self, slots: Sequence[Any]) -> None:
-        self.called("abandon")
+        self.blocks.update({slot.key: bytes(slot.view) for slot in slots if slot is not None})
 
     def remember(self, path: str, keys: Sequence[bytes]) -> None:
         self.called("remember")

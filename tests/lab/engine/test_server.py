@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from outrider.errors import CallerError
-from outrider.lab.engine.engine import Limits
+from outrider.lab.engine.request import Limits
 from outrider.lab.engine.server import Door, bound
 
 

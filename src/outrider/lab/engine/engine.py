@@ -6,7 +6,6 @@ Other threads speak to it through `submit`, `abort` and `tell`; it answers throu
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
 from typing import Any
@@ -16,22 +15,13 @@ import torch
 from outrider.errors import CallerError
 from outrider.lab.engine.blocks import Blocks
 from outrider.lab.engine.forward import Forward, Stopped
-from outrider.lab.engine.hook import Hook, Store
+from outrider.lab.engine.hook import Hook
 from outrider.lab.engine.metrics import Meters
-from outrider.lab.engine.request import Output, Request
+from outrider.lab.engine.request import Limits, Output, Request
 from outrider.lab.engine.sample import sample
 from outrider.lab.engine.scheduler import Chunk, Scheduler
 from outrider.lab.engine.text import Text
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes of the engine. kv_tokens is rounded down to whole blocks of block_tokens."""
-
-    kv_tokens: int
-    max_batch_tokens: int = 512
-    max_num_seqs: int = 8
-    block_tokens: int = 16
+from outrider.memory import Store
 
 
 class Engine:
@@ -58,27 +48,12 @@ class Engine:
         self.vocabulary = int(model.config.vocab_size)
         self.scheduler = Scheduler(self.blocks, chain, limits.max_batch_tokens, limits.max_num_seqs)
         self.metrics = Meters(self.blocks, self.scheduler)
-        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.hook = Hook(connect, self.forward, self.inbox.put) if connect else None
+        self.inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self.hook = Hook(connect, self.forward, self.scheduler, self.inbox.put) if connect else None
         self.arrivals = count()
         self.texts: dict[Request, Text] = {}  # the open requests
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.failure: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        chain: Callable[[Sequence[int]], list[bytes]],
-        limits: Limits,
-        connect: Callable[[], Store] | None = None,
-    ) -> "Engine":
-        """With the decoding and the ends of text that a transformers model and its tokenizer have."""
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        eos = frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
-        return cls(model, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), eos, chain, limits, connect)
 
     # -- called by other threads
 
@@ -123,11 +98,12 @@ class Engine:
     def step(self) -> bool:
         """One pass over what the scheduler chose. False: nothing to compute until a message comes."""
         plan = self.scheduler.schedule()
-        for request in plan.preempted:
-            self.metrics.preemptions.inc()
-            self.look_up(request)
-        for request in plan.loads:
-            self.load(request)
+        self.metrics.preemptions.inc(len(plan.preempted))
+        if self.hook:
+            for request in plan.preempted:
+                self.hook.look_up(request)
+            for request in plan.loads:
+                self.hook.load(request)
         if not plan.chunks:
             return False
         self.account(plan.chunks, self.forward.run(plan.chunks))
@@ -137,7 +113,9 @@ class Engine:
         """Book the computed tokens, offer full blocks to memory, append what was sampled."""
         ready = []
         for chunk in chunks:
-            self.save(self.scheduler.advance(chunk.request, chunk.count))
+            full = self.scheduler.advance(chunk.request, chunk.count)
+            if self.hook:
+                self.hook.save(full)
             if chunk.last:
                 ready.append(chunk.request)
         for request, token in zip(ready, sample(ready, logits, self.eos), strict=True):
@@ -171,49 +149,20 @@ class Engine:
         request.emit(Output(news, tokens, request.finish, routes))
 
     def drop(self, request: Request) -> None:
-        """Out of the books. Its whole blocks keep their content; memory is told their chain under the request's id."""
-        if self.texts.pop(request, None) is None:
+        """Out of the books. Its whole blocks keep their content; memory learns their chain under the request's id."""
+        if request.closed:
             return
+        request.closed = True
+        del self.texts[request]
         if request in self.scheduler.loading:
-            return  # `loaded` sees that it is no longer open
+            return  # a copy in flight cannot be un-sent (law 4): the hook lets go of its blocks when it has ended
         if self.hook and request.blocks:
-            whole = request.computed // self.limits.block_tokens
-            own = min(request.own_blocks, whole)  # computed before this request: memory may have dropped them since
-            self.save(list(zip(request.keys[:own], request.blocks[:own], strict=True)))
-            self.hook.remember(request.id, request.keys[:whole])
+            self.hook.remember(request)
         self.scheduler.remove(request)
-
-    # -- arrival and memory
 
     def arrive(self, request: Request) -> None:
         request.arrival = next(self.arrivals)
         self.texts[request] = Text(self.decode, request.params.stop)
         self.scheduler.add(request)
-        self.look_up(request)
-
-    def look_up(self, request: Request) -> None:
-        keys = request.keys[: self.scheduler.reusable(request)]
-        here = len(self.blocks.match(keys))
-        if self.hook and here < len(keys):
-            request.external = None
-            self.hook.look_up(request, keys[here:], lambda r, found: setattr(r, "external", here + found))
-
-    def load(self, request: Request) -> None:
-        assert self.hook and request.external
-        start = request.computed // self.limits.block_tokens
-        stop = min(request.external, self.scheduler.reusable(request))
-        self.hook.load(request, request.keys[start:stop], request.blocks[start:stop], self.loaded)
-
-    def loaded(self, request: Request, good: int) -> None:
-        if request in self.texts:
-            self.scheduler.loaded(request, good)
-        else:  # aborted meanwhile
-            self.scheduler.loading.remove(request)
-            self.blocks.release(request.blocks)
-
-    def save(self, pairs: Sequence[tuple[bytes, int]]) -> None:
-        """The blocks are held until memory has copied them, so that the pool cannot reuse them before."""
-        if self.hook and pairs:
-            keys, blocks = zip(*pairs, strict=True)
-            self.blocks.hold(blocks)
-            self.hook.save(keys, blocks, self.blocks.release)
+        if self.hook:
+            self.hook.look_up(request)

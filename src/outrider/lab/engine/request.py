@@ -8,6 +8,16 @@ import torch
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Sizes of the engine. kv_tokens is rounded down to whole blocks of block_tokens."""
+
+    kv_tokens: int
+    max_batch_tokens: int = 512
+    max_num_seqs: int = 8
+    block_tokens: int = 16
+
+
+@dataclass(frozen=True)
 class Params:
     """How to generate; the door validates. temperature 0 = greedy; `max_tokens` counts generated tokens."""
 
@@ -53,6 +63,7 @@ class Request:
     external_blocks: int = 0  # of them loaded from memory
     admitted: bool = False  # at least once: hits are counted at the first admission only
     finish: str | None = None
+    closed: bool = False  # answered or aborted: out of the engine's books
     random: torch.Generator | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from outrider import memory as memory_door
 from outrider.errors import CallerError
 from outrider.lab.engine import models
-from outrider.lab.engine.engine import Engine, Limits
+from outrider.lab.engine.engine import Engine
 from outrider.lab.engine.forward import LAYOUT
-from outrider.lab.engine.request import Output, Request
+from outrider.lab.engine.request import Limits, Output, Request
 from outrider.lab.engine.wire import Reply, chat_prompt, failure, params, text_prompt
-from outrider.memory.keys import KeySpace
+from outrider.memory import KeySpace, Store
 
 MAX_OPEN = 1024  # requests at one time; more are refused with 429
 MAX_BODY_BYTES = 16 << 20
@@ -67,6 +69,20 @@ def bound(host: str, port: int) -> socket.socket:
     return sock
 
 
+def build(
+    model: Any,
+    tokenizer: Any,
+    chain: Callable[[Sequence[int]], list[bytes]],
+    limits: Limits,
+    connect: Callable[[], Store] | None = None,
+) -> Engine:
+    """An engine that decodes and ends texts as the model and its tokenizer say."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    eos = frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
+    return Engine(model, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), eos, chain, limits, connect)
+
+
 class Door:
     """One engine behind HTTP."""
 
@@ -83,10 +99,8 @@ class Door:
         space = KeySpace(model=digest, dtype=dtype, layout=LAYOUT, block_tokens=limits.block_tokens, salt=salt)
         connect = None
         if memory is not None:
-            from outrider import memory as memory_system  # the store is wanted only with --memory
-
-            connect = lambda: memory_system.connect(memory, name=f"engine-{name}")  # noqa: E731
-        return cls(name, Engine.of(model, tokenizer, space.chain, limits, connect), tokenizer)
+            connect = partial(memory_door.connect, memory, name=f"engine-{name}")
+        return cls(name, build(model, tokenizer, space.chain, limits, connect), tokenizer)
 
     async def serve(self, sock: socket.socket) -> None:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
