@@ -147,7 +147,7 @@ class Memory(RuleBasedStateMachine):
         checksums = tuple(len(self.journal) * 100 + at for at in range(len(items)))
         self.feed(ev.Completed(client, request, items, checksums, durable))
         assert durable or (client, request) not in self.asked
-        assert all(self.policy.residency.published(item) for item in items)
+        assert not any(self.policy.residency.state(item, "host") is At.DRAFT for item in items)
 
     @precondition(lambda self: self.drafts)
     @rule(data=st.data())

@@ -39,7 +39,7 @@ class Lease:
 
 @dataclass(slots=True)
 class Debt:
-    """A client waits until these blocks are on disk."""
+    """A client waits until these blocks are on disk, all at once: one that leaves it in the meantime has failed."""
 
     client: int
     request: int

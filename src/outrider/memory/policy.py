@@ -72,7 +72,7 @@ class Policy:
             case ev.Withdrawn(item):
                 self.told.withdraw(item, now)
             case ev.Flushed(client, request):
-                self._owe(client, request, self._unsaved())
+                self._owe(client, request, self._in_host())
             case ev.Left(client):
                 self._leave(client)
             case ev.Copied(copies):
@@ -215,16 +215,16 @@ class Policy:
             block = self.residency.blocks[item]
             if "disk" not in self.residency.places:
                 debt.failed[item] = None
-            elif block.state["disk"] is not At.HERE:
+            elif block.state["disk"] is At.HERE:
+                debt.done[item] = None
+            else:
                 block.must = True
                 debt.open[item] = None
                 if block.state["disk"] is At.ABSENT:
                     self._dirty[item] = None
 
-    def _unsaved(self) -> list[str]:
-        """All that is published in host and not on disk."""
-        blocks = self.residency.blocks.values()
-        return [b.item for b in blocks if b.state["host"] is At.HERE and b.state.get("disk") is not At.HERE]
+    def _in_host(self) -> list[str]:
+        return [block.item for block in self.residency.blocks.values() if block.state["host"] is At.HERE]
 
     def _leave(self, client: int) -> None:
         leases, drafts = self.demands.leave(client)

@@ -118,8 +118,9 @@ class Residency:
         return block is not None and At.HERE in block.state.values()
 
     def evictable(self, block: Block, place: str) -> bool:
-        """Not while something reads it there, nor from disk while a lease waits for room to load it."""
-        return block.state[place] is At.HERE and not block.holds[place] and (place == "host" or not block.joins)
+        """Not while something reads it there, nor while someone waits for it to be saved or for room to load it."""
+        awaited = block.must if place == "host" else block.joins
+        return block.state[place] is At.HERE and not block.holds[place] and not awaited
 
     def draft(self, item: str, size_bytes: int, start: int, now: float) -> None:
         """A client writes `item` in place at `start`, which was taken from the host's extents."""
