@@ -270,5 +270,7 @@ class Memory(RuleBasedStateMachine):
             assert not block.joins and At.DRAFT not in block.state.values()
 
 
-Memory.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+Memory.TestCase.settings = hypothesis_settings(
+    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
+)
 TestMemory = Memory.TestCase
