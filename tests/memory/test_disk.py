@@ -86,7 +86,9 @@ def test_any_flipped_byte_of_the_data_is_found(tmp_path_factory: pytest.TempPath
 
 @MANY
 @given(st.data())
-def test_any_cut_or_flip_of_the_index_loses_no_other_record(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_cut_or_flip_of_the_index_loses_no_other_record(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("index")
     index = Index(folder / "blocks.index")
     for number in range(6):
@@ -166,7 +168,9 @@ def test_one_server_a_directory(tmp_path: Path) -> None:
 
 
 def test_more_than_the_file_system_has(tmp_path: Path) -> None:
-    with pytest.raises(CallerError, match=rf"tiers\.disk: 1\.02e\+03 TiB|tiers\.disk: .* asked for, {tmp_path} has .* free"):
+    with pytest.raises(
+        CallerError, match=rf"tiers\.disk: 1\.02e\+03 TiB|tiers\.disk: .* asked for, {tmp_path} has .* free"
+    ):
         Disk(tmp_path, 1 << 50)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from outrider.memory import events as ev
 from outrider.memory.policy import Policy, fresh
@@ -47,6 +47,15 @@ class Memory(RuleBasedStateMachine):
         self.drafts: dict[tuple[int, str], ev.Span] = {}
         self.asked: dict[tuple[int, int], tuple[str, tuple[str, ...], float]] = {}
         self.leases: dict[tuple[int, int], dict[str, ev.Span]] = {}
+
+    @initialize(count=st.integers(0, 7))
+    def recover(self, count: int) -> None:
+        """A restart: some blocks are on disk and nowhere else."""
+        found = tuple(ev.Found(item, at * 16, 8, 1000 + at, at + 1) for at, item in enumerate(ITEMS[:count]))
+        for block in found:
+            copy = ev.Copy(0, block.item, block.size_bytes, 0, block.at, block.checksum, block.generation)
+            self.disk[block.item], self.slots[block.at] = copy, (block.size_bytes, copy)
+        assert self.feed(ev.Recovered(found)) == []
 
     # the shell: what move.py and server.py do ------------------------------------------------------------------
 
@@ -188,7 +197,11 @@ class Memory(RuleBasedStateMachine):
     def remember(self, path: str, chain: list[str]) -> None:
         self.feed(ev.Remembered(path, tuple(chain)))
 
-    @rule(item=st.sampled_from([*"abcd", *ITEMS[:3]]), ahead_s=st.sampled_from([-1.0, 0.2, 2.0, 9.0]), saved_s=st.sampled_from([-1.0, 0.1, 5.0]))
+    @rule(
+        item=st.sampled_from([*"abcd", *ITEMS[:3]]),
+        ahead_s=st.sampled_from([-1.0, 0.2, 2.0, 9.0]),
+        saved_s=st.sampled_from([-1.0, 0.1, 5.0]),
+    )
     def want(self, item: str, ahead_s: float, saved_s: float) -> None:
         self.feed(ev.Wanted(Want(item, "host", self.now + ahead_s, saved_s)))
 
@@ -248,6 +261,14 @@ class Memory(RuleBasedStateMachine):
         waiting = [kind for kind, _, _ in self.asked.values() if kind in ("durable", "flush")]
         if waiting and not any(not f.load for f in self.flying):
             assert self.wake_s is not None, "someone waits for the disk, and nothing moves"
+
+    @invariant()
+    def everything_read_is_held(self) -> None:
+        for block in self.policy.residency.blocks.values():
+            pins = sum(block.item in lease.pinned for lease in self.policy.demands.leases.values())
+            saves = sum(not f.load and f.copy.item == block.item for f in self.flying)
+            loads = sum(f.load and f.copy.item == block.item for f in self.flying)
+            assert block.holds == {"host": pins + saves, "disk": loads}
 
     @invariant()
     def leases_are_in_place(self) -> None:

@@ -41,7 +41,9 @@ def serve(socket: Path, tiers: str | Tiers, journal: Path | None = None) -> None
     """Serve memory at `socket` until SIGTERM or SIGINT; `journal` is a directory. CallerError where it cannot."""
     if isinstance(tiers, str):
         tiers = parse_tiers(tiers, default_path=socket.with_name(socket.name + ".blocks"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server can be told to stop: clean up as for ^C
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # until the server can be told to stop: clean up as for ^C
     listener = listen_at(socket)
     own = os.stat(socket).st_ino
     try:

@@ -29,7 +29,7 @@ class Settings(msgspec.Struct, frozen=True):
     save_bytes: int = 32 << 20
     paths_max: int = 4096
     patience_s: float = 120.0
-    retry_s: float = 5.0
+    retry_s: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("host_bytes", "grain_bytes", "disk_read", "disk_write", "recompute", "save_bytes", "paths_max"):
