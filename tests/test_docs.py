@@ -93,8 +93,7 @@ def test_the_readmes_python_runs(number: int, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_example_config_decodes() -> None:
-    from outrider.agents.settings import GatewaySettings
-
     from outrider import settings
+    from outrider.agents.settings import GatewaySettings
 
     settings.read(ROOT / "docs" / "outrider.toml", "agents", GatewaySettings, {})

@@ -19,8 +19,6 @@ object; all of them are told the same events and so reach the same commands (law
 Legend of array suffixes: M micro-steps, L MoE layers, R ranks, E experts, S spare slots of a rank. All int64.
 """
 
-# ruff: noqa: N815 - array names end in a legend of their axes (events.py)
-
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec

@@ -4,8 +4,6 @@ A row of routes is one token's top-k expert ids in one layer. A row with a negat
 token of a sequence, rows an engine dropped): it is routed by the live gate later and cannot be foreseen.
 """
 
-# ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
-
 from typing import Any
 
 import numpy as np

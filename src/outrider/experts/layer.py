@@ -8,8 +8,6 @@ logical top-k order, never in order of arrival. Every rank takes part in every e
 Written for Hugging Face's fused experts (Qwen3-MoE): `gate_up_proj` [experts, 2 * inner, hidden], `down_proj`.
 """
 
-# ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ send takes part too. A dead rank ends the exchange with an error on all others, 
 time-out.
 """
 
-# ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b

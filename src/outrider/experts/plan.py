@@ -7,8 +7,6 @@ taking the heaviest expert that the hottest rank still computes. The token split
 Idle copies are not thrown out: they may be of use again. Source: greedy of ForeMoE's kind, ours in detail.
 """
 
-# ruff: noqa: N803, N806, N815 - array names end in a legend of their axes (events.py)
-
 from collections.abc import Sequence
 
 import msgspec

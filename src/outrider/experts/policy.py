@@ -8,8 +8,6 @@ A dirty slot is never refilled before its gradients have gone home, and after Fi
 optimizer is about to change the weights, so a copy kept longer would be stale.
 """
 
-# ruff: noqa: N803, N806 - array names end in a legend of their axes (events.py)
-
 from typing import Any, TypeAlias, assert_never
 
 import msgspec

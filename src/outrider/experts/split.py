@@ -9,8 +9,6 @@ last such (X, U) is the certificate: "the load cannot go below t, as experts X l
 Source: parametric max-flow on a transportation problem; the excess form and the cut are ours.
 """
 
-# ruff: noqa: N803, N806, N815 - array names end in a legend of their axes (events.py)
-
 import msgspec
 import numpy as np
 

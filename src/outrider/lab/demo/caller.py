@@ -147,7 +147,7 @@ class Caller:
             "model": self._model,
             "messages": messages,
             "max_tokens": agent.answer_tokens,
-            "stop": ["\n\n"],
+            "stop": ["\n"],
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -29,7 +29,7 @@ class Shape:
     excerpt_chars: int = 2700
     tool_chars: int = 700
     reviser_turns: int = 4
-    answer_tokens: int = 128  # at most; an answer ends with its first paragraph
+    answer_tokens: int = 96  # at most; an answer ends with its first line
     pause_s: tuple[float, float] = (1.0, 4.0)
     arrival_gap_s: float = 1.5
 

@@ -4,8 +4,6 @@ Ranks are child processes on gloo, one thread each. None outlives the call: not 
 not when the caller is killed (`lab/processes.py`).
 """
 
-# ruff: noqa: N815 - array names end in a legend of their axes (experts/events.py)
-
 import sys
 import tempfile
 import time
