@@ -68,10 +68,7 @@ def test_blocks_are_shared_and_survive(llama: Path, tmp_path: Path, children: Ch
     turn = prompt + expected + prompt[:5]
     expected_turn = generate(llama, turn, 12)
     pair = Pair(children, llama, tmp_path)
-    (first, url), (_, other) = (pair.engine(name, wait=False) for name in ("a", "b"))
-    for child in children._children[1:]:
-        await_http(child, f"{ {'a': url, 'b': other}[child.name] }/health", 60)
-
+    (first, url), (_, other) = pair.engines("a", "b")
     assert ask(url, prompt, "call-1") == (expected, {"cached_tokens": 0, "external_tokens": 0})
     whole = (len(prompt) - 1) // 16 * 16
     with memory.connect(pair.socket) as store:  # the saver is done when all whole blocks of the context are there

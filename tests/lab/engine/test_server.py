@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from outrider.errors import CallerError
 from outrider.lab.engine.request import Limits
 from outrider.lab.engine.server import Door, bound
+from outrider.lab.processes import free_port
 
 
 @pytest.fixture
@@ -199,22 +200,24 @@ def test_port_in_use_is_said_before_the_model_is_loaded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_a_second_in_the_middle_of_a_step(tiny_moe: Path, number: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "ready on" not in (line := process.stderr.readline()):
-        assert line, "it ended before it was ready"
-    body = json.dumps({"prompt": [5] * 3000, "max_tokens": 1000, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", port)) as http:
-        http.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        http.recv(1)  # it streams: the engine is at work
-        before_s = time.monotonic()
-        process.send_signal(number)
-        assert process.wait(10) == 0
-        assert time.monotonic() - before_s < 1.5  # one second, and a busy machine
-    assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
+def test_a_signal_ends_it_within_a_second_in_the_middle_of_a_step(tiny_moe: Path) -> None:
+    body = json.dumps({"prompt": [5] * 4000, "max_tokens": 50, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    ports = [free_port() for _ in numbers]
+    started = [
+        subprocess.Popen([sys.executable, "-c", SERVE, str(port)], stderr=subprocess.PIPE, text=True) for port in ports
+    ]
+    for process, port, number in zip(started, ports, numbers, strict=True):
+        assert process.stderr is not None
+        while "ready on" not in (line := process.stderr.readline()):
+            assert line, "it ended before it was ready"
+        with socket.create_connection(("127.0.0.1", port)) as http:
+            http.sendall(head + body)
+            time.sleep(0.1)  # the prompt takes a second
+            before_s = time.monotonic()
+            process.send_signal(number)
+            assert process.wait(10) == 0
+            assert time.monotonic() - before_s < 1.5  # one second, and a busy machine
+        assert "Traceback" not in process.stderr.read()
+        process.stderr.close()
