@@ -118,6 +118,8 @@ def test_seed_repeats_and_temperature_varies(llama: Path, make_engine: Any, ask:
     warm = [ask(engine, [prompt], 8, temperature=1.0, seed=seed)[0][0].generated for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
     greedy = ask(engine, [prompt], 8)[0][0].generated
+    cold = ask(engine, [prompt], 8, temperature=1e-30)[0][0].generated
+    assert cold == greedy
     narrow = ask(engine, [prompt], 8, temperature=1.0, top_p=1e-9, seed=3)[0][0].generated
     assert narrow == greedy, "top_p near 0 leaves the likeliest token"
 
@@ -125,3 +127,5 @@ def test_seed_repeats_and_temperature_varies(llama: Path, make_engine: Any, ask:
 def test_a_batch_smaller_than_the_seats_is_refused(llama: Path, make_engine: Callable[..., Any]) -> None:
     with pytest.raises(CallerError, match="max-batch-tokens 4 is less than"):
         make_engine(llama, max_batch_tokens=4)
+    with pytest.raises(CallerError, match="the cache needs two blocks"):
+        make_engine(llama, kv_tokens=20)

@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from outrider.errors import CallerError
+from outrider.lab.engine.forward import Forward
 from outrider.lab.engine.request import Limits
 from outrider.lab.engine.server import Door, bound
 from outrider.lab.processes import free_port
@@ -116,6 +117,10 @@ async def test_stop_strings(client: aiohttp.ClientSession) -> None:
         ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
         ("/v1/completions", {"prompt": [5, 9000]}, "[0, 8192)"),
         ("/v1/completions", {"prompt": "x", "stop": [""]}, "stop"),
+        ("/v1/completions", {"prompt": "x", "stop_token_ids": [9999]}, "stop_token_ids"),
+        ("/v1/completions", {"prompt": "x", "temperature": float("nan")}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "seed": 1 << 64}, "seed"),
+        ("/v1/completions", {"prompt": "\ud800"}, "surrogate"),
         ("/v1/completions", {"prompt": "x", "top_p": 0}, "top_p"),
     ],
 )
@@ -132,6 +137,23 @@ async def test_unknown_model_path_and_broken_json(client: aiohttp.ClientSession)
     assert (await post(client, "/v1/nothing"))[0] == 404
     async with client.post("/v1/completions", data=b"{") as broken:
         assert broken.status == 400
+
+
+async def test_a_failing_model_answers_everybody(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Forward, "run", fail)
+    calls = [post(client, "/v1/completions", prompt="x", stream=False) for _ in range(3)]
+    answers = await asyncio.gather(*calls)
+    assert {status for status, _ in answers} <= {500, 503}
+    assert all("MemoryError: no room" in answer["error"]["message"] for _, answer in answers)
+    async with client.get("/health") as answer:
+        assert answer.status == 503
+    assert (await post(client, "/v1/completions", prompt="x"))[0] == 503
+    assert "Traceback" in capfd.readouterr().err
 
 
 async def test_it_says_what_it_is(client: aiohttp.ClientSession) -> None:

@@ -5,6 +5,7 @@ Other threads speak to it through `submit`, `abort` and `tell`; it answers throu
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import count
 from queue import SimpleQueue
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from outrider.errors import CallerError
 from outrider.lab.engine.blocks import Blocks
 from outrider.lab.engine.forward import Forward, Stopped
 from outrider.lab.engine.hook import Hook
@@ -36,11 +36,6 @@ class Engine:
         limits: Limits,
         connect: Callable[[], Store] | None = None,
     ) -> None:
-        if limits.max_batch_tokens < limits.max_num_seqs:
-            raise CallerError(
-                f"--max-batch-tokens {limits.max_batch_tokens} is less than --max-num-seqs {limits.max_num_seqs}: "
-                "each running request needs a token a step. Raise the first or lower the second."
-            )
         self.decode, self.eos, self.limits = decode, eos, limits
         self.blocks = Blocks(limits.kv_tokens // limits.block_tokens, limits.block_tokens)
         self.forward = Forward(model, self.blocks.capacity, limits.block_tokens)
@@ -89,11 +84,13 @@ class Engine:
                     busy = True
         except Stopped:
             return
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
-            for request in list(self.texts):
-                request.emit(Output(f"the engine failed: {self.failure}", (), "error"))
-            raise
+        except Exception as error:  # a bug, or no memory left: whoever is waiting hears of it, and /health says so
+            traceback.print_exc()
+            self.failure = f"the engine failed: {type(error).__name__}: {error}"
+            while not self.inbox.empty():
+                self.inbox.get()()
+            for request in self.texts:
+                request.emit(Output(self.failure, (), "error"))
 
     def step(self) -> bool:
         """One pass over what the scheduler chose. False: nothing to compute until a message comes."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from outrider.errors import CallerError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -15,6 +17,18 @@ class Limits:
     max_batch_tokens: int = 512
     max_num_seqs: int = 8
     block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1 or self.kv_tokens < 2 * self.block_tokens or self.max_num_seqs < 1:
+            raise CallerError(
+                f"--kv-tokens {self.kv_tokens}, --block-tokens {self.block_tokens}, --max-num-seqs {self.max_num_seqs}"
+                ": the cache needs two blocks and the batch one seat at least. Raise --kv-tokens."
+            )
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise CallerError(
+                f"--max-batch-tokens {self.max_batch_tokens} is less than --max-num-seqs {self.max_num_seqs}: "
+                "each running request needs a token a step. Raise the first or lower the second."
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def choose(request: Request, row: torch.Tensor, eos: frozenset[int]) -> int:
         row[list(eos) + list(params.stop_token_ids)] = -torch.inf
     if request.random is None:
         return int(row.argmax())
-    weights = (row / params.temperature).softmax(-1)
+    weights = ((row - row.max()) / params.temperature).softmax(-1)  # at most 0: no temperature is too small
     if params.top_p < 1:
         ordered, ids = weights.sort(descending=True, stable=True)
         weights = torch.zeros_like(weights)

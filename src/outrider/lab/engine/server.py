@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def serve(
     limits = Limits(kv_tokens, max_batch_tokens, max_num_seqs, block_tokens)
     sock = bound(host, port)  # before the model is loaded: a port in use shows at once
     torch.set_num_threads(threads)
+    with suppress(RuntimeError):  # only once in a process, and before any work
+        torch.set_num_interop_threads(1)
     door = Door.open(model, limits, dtype, memory, salt)
     gc.freeze()  # the model stays: the collector need not walk it, neither while serving nor at the end
     asyncio.run(door.serve(sock))
@@ -143,7 +146,7 @@ class Door:
 
     async def health(self, _: web.Request) -> web.Response:
         broken = self.engine.failure
-        return web.Response(status=503, text=f"the engine failed: {broken}") if broken else web.Response(text="ok")
+        return web.Response(status=503, text=broken) if broken else web.Response(text="ok")
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.engine.metrics.text(), content_type="text/plain", charset="utf-8")
@@ -163,12 +166,15 @@ class Door:
             raise CallerError(f"The body is no JSON: {error}.") from error
         if not isinstance(body, dict):
             raise CallerError("The body must be a JSON object.")
-        if body.get("model", self.name) != self.name:
+        if (body.get("model") or self.name) != self.name:
             raise web.HTTPNotFound(text=f"The model {body['model']!r} is not here; this engine serves {self.name!r}.")
         return body
 
     async def answer(self, http: web.Request, body: Body, prompt: list[int], chat: bool) -> web.StreamResponse:
-        checked = params(body, len(prompt), self.engine.context, None if chat else 16)  # 16: OpenAI's default there
+        if self.engine.failure:
+            raise web.HTTPServiceUnavailable(text=self.engine.failure)
+        sizes = (len(prompt), self.engine.context, self.engine.vocabulary)
+        checked = params(body, *sizes, None if chat else 16)  # 16: OpenAI's default there
         priority = body.get("priority") or 0
         if type(priority) is not int:
             raise CallerError("priority: give an integer; lower goes sooner.")
@@ -184,8 +190,9 @@ class Door:
         self.engine.submit(request)
         try:
             if body.get("stream"):
-                options = body.get("stream_options") or {}
-                return await self.stream(http, reply, news, bool(options.get("include_usage")))
+                options = body.get("stream_options")
+                with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+                return await self.stream(http, reply, news, with_usage)
             outputs = [out async for out in until_finished(news)]
             if outputs[-1].finish == "error":
                 return web.json_response(failure(outputs[-1].text, 500), status=500)

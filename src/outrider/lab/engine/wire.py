@@ -43,7 +43,7 @@ def chat_prompt(body: Mapping[str, Any], tokenizer: Any) -> list[int]:
         )
     except Exception as error:  # the template is the model's code: it raises what it likes
         raise CallerError(f"messages: the model's chat template refuses them ({error}).") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encoded(tokenizer, text, add_special_tokens=False)
 
 
 def content(message: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def text_prompt(body: Mapping[str, Any], tokenizer: Any, vocabulary: int) -> lis
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt))
+        return encoded(tokenizer, prompt)
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         if all(0 <= token < vocabulary for token in prompt):
             return prompt
@@ -70,7 +70,17 @@ def text_prompt(body: Mapping[str, Any], tokenizer: Any, vocabulary: int) -> lis
     raise CallerError("prompt: give one string or one list of token ids.")
 
 
-def params(body: Mapping[str, Any], prompt_tokens: int, context: int, default_tokens: int | None) -> Params:
+def encoded(tokenizer: Any, text: str, **how: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CallerError("The text holds half of a surrogate pair, which is no character.") from error
+    return list(tokenizer.encode(text, **how))
+
+
+def params(
+    body: Mapping[str, Any], prompt_tokens: int, context: int, vocabulary: int, default_tokens: int | None
+) -> Params:
     """Generation parameters, checked. `context` = tokens that one request may have; None = as many as fit."""
     for name, neutral in NEUTRAL.items():
         if body.get(name) is not None and body[name] not in neutral:
@@ -89,8 +99,11 @@ def params(body: Mapping[str, Any], prompt_tokens: int, context: int, default_to
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop) or len(stop) > 16:
         raise CallerError("stop: give a string or a list of at most 16 strings.")
     stop_ids = body.get("stop_token_ids") or []
-    if not isinstance(stop_ids, list) or not all(type(token) is int for token in stop_ids):
-        raise CallerError("stop_token_ids: give a list of token ids.")
+    if not isinstance(stop_ids, list) or not all(type(token) is int and 0 <= token < vocabulary for token in stop_ids):
+        raise CallerError(f"stop_token_ids: give a list of token ids in [0, {vocabulary}).")
+    seed = number(body, "seed", int, 0)
+    if seed is not None and seed >= 1 << 63:
+        raise CallerError("seed: give an integer below 2**63.")
     temperature = number(body, "temperature", float, 0)
     top_p = number(body, "top_p", float, 0)
     if top_p is not None and not 0 < top_p <= 1:
@@ -100,7 +113,7 @@ def params(body: Mapping[str, Any], prompt_tokens: int, context: int, default_to
         min_tokens=number(body, "min_tokens", int, 0) or 0,
         temperature=1.0 if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,
-        seed=number(body, "seed", int, 0),
+        seed=seed,
         stop=tuple(stop),
         stop_token_ids=tuple(stop_ids),
         ignore_eos=bool(body.get("ignore_eos")),
@@ -113,7 +126,7 @@ def number(body: Mapping[str, Any], name: str, kind: type, least: float) -> Any:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not value >= least:
         raise CallerError(f"{name}: give {'an integer' if kind is int else 'a number'} of at least {least}.")
     return value
 
