@@ -1,4 +1,4 @@
-"""A disk that takes no more: blocks stay in host, clients get an answer, one line in the log, and later it works again."""
+"""A disk that takes no more: blocks stay in host, clients get an answer, one line is logged; later it works again."""
 
 import logging
 import os

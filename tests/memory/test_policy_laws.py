@@ -1,7 +1,8 @@
 """Laws 1-5 and 10 of the policy, by a state machine that plays all clients, the arena, the disk and the clock.
 
-The model writes real names into a model arena and a model disk, whenever a command says so, as late as it likes. So a
-late copy that lands in a reused slot, a leased block that is rewritten, or a draft that is read all show as a wrong name.
+The model writes real names into a model arena and a model disk, whenever a command says so, as late as it likes. So
+a late copy that lands in a reused slot, a leased block that is rewritten, or a draft that is read all show as a wrong
+name.
 """
 
 from dataclasses import dataclass
