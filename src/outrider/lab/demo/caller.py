@@ -30,6 +30,7 @@ class Answer:
     agent: str
     role: str
     turn: int
+    last: bool  # turn of its agent
     text: str
     prompt_tokens: int
     output_tokens: int
@@ -53,15 +54,23 @@ class Record:
     answers: list[Answer] = field(default_factory=list)
     completions_s: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
-    open_tokens_peak: int = 0
-    _open: dict[str, int] = field(default_factory=dict)
 
-    def context_is(self, agent: str, tokens: int) -> None:
-        self._open[agent] = tokens
-        self.open_tokens_peak = max(self.open_tokens_peak, sum(self._open.values()))
-
-    def context_closed(self, agent: str) -> None:
-        self._open.pop(agent, None)
+    @property
+    def open_tokens_peak(self) -> int:
+        """Most tokens of open contexts at one moment: from an agent's first send to the end of its last answer."""
+        changes: list[tuple[float, int]] = []
+        last_tokens: dict[str, int] = {}
+        for answer in sorted(self.answers, key=lambda a: a.sent_at_s):
+            tokens = answer.prompt_tokens + answer.output_tokens
+            changes.append((answer.sent_at_s, tokens - last_tokens.get(answer.agent, 0)))
+            last_tokens[answer.agent] = tokens
+            if answer.last:
+                changes.append((answer.sent_at_s + answer.total_s, -tokens))
+        open_tokens, peak = 0, 0
+        for _, change in sorted(changes):
+            open_tokens += change
+            peak = max(peak, open_tokens)
+        return peak
 
 
 class Broken(Exception):
@@ -131,8 +140,6 @@ class Caller:
             last = turn == len(agent.asks) - 1
             answer = await self._call(workflow, agent, turn, messages, final and last)
             messages.append({"role": "assistant", "content": answer.text})
-            self._record.context_is(agent.name, answer.prompt_tokens + answer.output_tokens)
-        self._record.context_closed(agent.name)
         return answer.text
 
     async def _call(self, workflow: Workflow, agent: Agent, turn: int, messages: list[Message], final: bool) -> Answer:
@@ -166,6 +173,7 @@ class Caller:
                 agent.name,
                 agent.role,
                 turn,
+                turn == len(agent.asks) - 1,
                 text,
                 usage["prompt_tokens"],
                 usage["completion_tokens"],

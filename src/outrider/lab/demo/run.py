@@ -22,7 +22,7 @@ import outrider
 from outrider.errors import CallerError
 from outrider.lab.demo import arms, table, training, workload
 
-FULL = arms.Fleet(model="smollm2", kv_tokens=2560, tiers="host=768MiB,disk=4GiB")
+FULL = arms.Fleet(model="smollm2", kv_tokens=1792, tiers="host=512MiB,disk=4GiB")
 QUICK = arms.Fleet(model="tiny-moe", kv_tokens=1152, tiers="host=8MiB,disk=512MiB")
 ARMS = ("baseline", "outrider")
 

@@ -26,12 +26,12 @@ class Shape:
 
     workflows: int = 6
     reviewers: int = 3
-    excerpt_chars: int = 2700
-    tool_chars: int = 700
-    reviser_turns: int = 4
-    answer_tokens: int = 96  # at most; an answer ends with its first line
+    excerpt_chars: int = 1800
+    tool_chars: int = 500
+    reviser_turns: int = 3
+    answer_tokens: int = 48  # at most; an answer ends with its first line
     pause_s: tuple[float, float] = (1.0, 4.0)
-    arrival_gap_s: float = 1.5
+    arrival_gap_s: float = 0.5
 
 
 QUICK = Shape(
