@@ -40,6 +40,7 @@ def test_a_block_that_a_lease_waits_for_does_not_leave_the_disk() -> None:
     (save,) = of(ev.Save, policy.handle(ev.Flushed(1, 2), 3.5))  # C must be saved: B leaves for it, though A is older
     assert isinstance(save, ev.Save) and [copy.item for copy in save.copies] == [C]
     assert [policy.residency.state(item, "disk") is At.HERE for item in (A, B)] == [True, False]
+    assert of(ev.Load, policy.handle(ev.Released(1, 3), 3.9)) == []
     (load,) = of(ev.Load, policy.handle(ev.Released(1, 1), 4.0))
     assert isinstance(load, ev.Load) and load.copies[0].item == A
 
