@@ -102,6 +102,9 @@ class Door:
         space = KeySpace(model=digest, dtype=dtype, layout=LAYOUT, block_tokens=limits.block_tokens, salt=salt)
         connect = None
         if memory is not None:
+            if not memory.exists():
+                warning = f"--memory {memory}: no server there yet; the engine computes everything until one comes."
+                print(warning, file=sys.stderr, flush=True)  # noqa: T201
             connect = partial(memory_door.connect, memory, name=f"engine-{name}")
         return cls(name, build(model, tokenizer, space.chain, limits, connect), tokenizer)
 
