@@ -85,13 +85,15 @@ class Lease:
         self.views = views
 
     def release(self) -> None:
-        """Give the blocks back; their views must not be read any more. CallerError the second time."""
+        """Give the blocks back; their views must not be read any more. CallerError the second time.
+
+        StoreGone: the connection was lost meanwhile, and with it the hold: what was read may be another block's bytes.
+        """
         if not self._open:
             raise CallerError("a lease was released twice. Release it once, or use it in a `with` block.")
         self._open = False
         _let_go(self.views)
-        with contextlib.suppress(StoreGone):  # a dead server holds nothing
-            self._link.tell(wire.Release(self._number))
+        self._link.tell(wire.Release(self._number))
 
     def __enter__(self) -> Self:
         return self
@@ -227,8 +229,10 @@ class Store:
 class Link:
     """One connection: requests out, replies back to whichever thread asked, the arena mapped.
 
-    Whoever waits first reads for all; the others wait for their reply or for their turn to read. `gone` says why the
-    connection is over; a call that times out ends it, since its late answer would hold blocks for nobody.
+    Whoever waits first reads for all; the others wait for their reply or for their turn to read. `gone` says why no
+    more is asked of it. A call that times out spoils it, since a late answer would hold blocks for nobody; but the
+    socket stays open until the last lease and slot on it are dropped, so that the server does not give their bytes away
+    while a thread still copies them.
     """
 
     def __init__(self, connection: sockets.socket, name: str, timeout_s: float) -> None:
@@ -236,7 +240,7 @@ class Link:
         self._socket = connection
         self._numbers = itertools.count(1)
         self._send_lock = threading.Lock()
-        self._turn = threading.Condition()
+        self._turn = threading.Condition(threading.RLock())
         self._reading = False
         self._waiting: dict[int, wire.Reply | None] = {}
         self._inbox = bytearray()
@@ -262,6 +266,8 @@ class Link:
             try:
                 with self._send_lock:
                     self._socket.sendall(data)
+            except TimeoutError:
+                self._spoil("it takes no requests")
             except OSError as error:
                 self.close(error.strerror or str(error))
         if self.gone is not None:
@@ -286,12 +292,19 @@ class Link:
 
     def close(self, why: str) -> None:
         """End the connection, once; threads that wait on it hear why."""
+        self._spoil(why)
+        with contextlib.suppress(OSError):  # it was closed before
+            self._socket.shutdown(sockets.SHUT_RDWR)
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()  # no shutdown: a forked child that drops its copy must not end ours
+
+    def _spoil(self, why: str) -> None:
+        """Ask nothing more of it; threads that wait on it hear why."""
         with self._turn:
             if self.gone is None:
                 self.gone = why
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(sockets.SHUT_RDWR)
-                self._socket.close()
             self._turn.notify_all()
 
     def _reply(self, number: int, by_s: float, timeout_s: float) -> wire.Reply:
@@ -299,7 +312,7 @@ class Link:
             while (reply := self._waiting[number]) is None:
                 rest_s = by_s - time.monotonic()
                 if self.gone is None and rest_s <= 0:
-                    self.close(f"no answer within {timeout_s:g} s")
+                    self._spoil(f"no answer within {timeout_s:g} s")
                 if self.gone is not None:
                     raise StoreGone(f"memory server: {self.gone}.")
                 if self._reading:
