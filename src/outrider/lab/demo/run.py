@@ -62,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
         )
     result["outrider"]["same_answers"] = _same(result)
     result["machine"] = _machine(fleet, shape, roots, time.monotonic() - began_s)
-    table.show(out, result, sample=f"{workflows[0].reviser.name}/0")
+    table.show(out, result, sample=[f"{agent.name}/0" for agent in workflows[0].agents])
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         out.print(f"Figures: {options.json}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """What a person sees at the end of the demo: the figures side by side, what they mean, and what the agents wrote."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 Figures = dict[str, Any]
+
+SHOWN_CHARS = 240  # of one answer
 
 
 def seconds(value: float) -> str:
@@ -37,14 +39,15 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def show(out: Console, result: Figures, sample: str) -> None:
-    """Print the whole result; `sample` names the agent turn whose words are shown."""
+def show(out: Console, result: Figures, sample: Sequence[str]) -> None:
+    """Print the whole result; `sample` names the agents' turns whose words are shown."""
     baseline, outrider, experts = result["baseline"], result["outrider"], result["experts"]
     out.print(_arms(baseline, outrider))
     out.print(_moved(outrider))
     out.print(_experts(experts))
-    out.print(f"[bold]What the agents wrote[/] ({sample}, {result['machine']['model']}):")
-    out.print(f"  {escape(outrider['answers'].get(sample, '').strip())}\n")
+    out.print(f"[bold]What the agents wrote[/] ({result['machine']['model']}):")
+    for call in sample:
+        out.print(f"  [cyan]{call}[/]  {escape(outrider['answers'].get(call, '').strip()[:SHOWN_CHARS])}")
     same = result["outrider"]["same_answers"]
     out.print(f"Both arms gave the same words in {same} of {outrider['calls']} calls.")
     for line in result["machine"]["plainly"]:
