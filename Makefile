@@ -23,7 +23,7 @@ test: $(READY)  ## everything that CI runs, under 10 minutes on 2 cores
 	$(BIN)/mypy
 	$(PYTEST)
 
-fast: $(READY)  ## the tests that take less than a second each
+fast: $(READY)  ## every test that starts no process and runs no model, under 20 s
 	$(PYTEST) -m "not slow" -x
 
 lint: $(READY)  ## format and check
