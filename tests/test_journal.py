@@ -1,6 +1,9 @@
 """Law 10: a journal replays to the same commands, byte for byte, and shows the first line that differs."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -109,3 +112,54 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         journal.Journal(tmp_path / "no" / "x.jsonl", "sum", Settings())
     with pytest.raises(CallerError, match="No such file or directory"):
         journal.read(tmp_path / "no.jsonl")
+
+
+def test_a_restart_keeps_the_journal_of_the_run_before(tmp_path: Path) -> None:
+    path = tmp_path / "sum.jsonl"
+    write(path, Settings(2.0))
+    write(path, Settings(3.0))
+    write(path, Settings(5.0))
+    for name, scale in (("sum.1.jsonl", 2.0), ("sum.2.jsonl", 3.0), ("sum.jsonl", 5.0)):
+        header, _ = journal.read(tmp_path / name)
+        assert msgspec.json.decode(header.settings, type=Settings).scale == scale
+        assert replay(tmp_path / name) == (4, None)
+
+
+def test_a_full_disk_ends_the_journal_at_a_whole_line_and_stops_no_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Filling(journal.FileIO):
+        room = 700
+
+        def write(self, data: Any) -> int:  # type: ignore[override]
+            if self.tell() >= self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data[: self.room - self.tell()])
+
+    monkeypatch.setattr(journal, "FileIO", Filling)
+    path = tmp_path / "sum.jsonl"
+    policy, log = Sum(Settings()), journal.Journal(path, "sum", Settings())
+    for now in range(40):
+        log.write(float(now), Asked(), policy.handle(Asked(), now))
+    assert caplog.text.count("No space left on device. It ends here") == 1
+    assert path.read_bytes().endswith(b"\n")
+    agreed, difference = replay(path)
+    assert difference is None
+    assert 0 < agreed < 40
+
+
+def test_damage_is_the_callers_to_mend_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "sum.jsonl"
+    write(path)
+    whole = path.read_text()
+    path.write_text(whole.replace('{"now":1.0', '{now":1.0'))
+    with pytest.raises(CallerError, match="line 3 is damaged"):
+        replay(path)
+    path.write_text(whole.replace('"type":"Asked"', '"type":"Sung"'))
+    with pytest.raises(CallerError, match="line 3: this version knows no such event"):
+        replay(path)
+    path.write_text(whole)
+    for array in (tmp_path / "sum.arrays").iterdir():
+        array.unlink()
+    with pytest.raises(CallerError, match="Restore the sidecar"):
+        replay(path)

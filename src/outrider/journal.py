@@ -8,8 +8,12 @@ One journal per policy object and rank. Each line is flushed before any command 
 crash of the process loses nothing, a crash of the machine may lose the tail, and a torn last line is ignored.
 """
 
+import contextlib
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +24,7 @@ import outrider
 from outrider.errors import CallerError
 
 FORMAT = 1
+LOG = logging.getLogger("outrider.journal")
 
 
 class Policy(Protocol):
@@ -53,33 +58,71 @@ class Journal:
         self.path = path
         self._arrays = path.with_suffix(".arrays")
         self._encoder = msgspec.json.Encoder(enc_hook=self._put_array)
+        self._file: FileIO | None = None
         raw = msgspec.Raw(self._encoder.encode(settings))
         try:
-            self._file = path.open("wb", buffering=0)
+            _set_aside(path)
+            self._file = FileIO(path, "x")
+            self._append(self._encoder.encode(Header(policy, rank, raw, outrider.__version__)))
         except OSError as error:
             raise CallerError(
-                f"journal {path}: {error.strerror}. Name a directory that exists and is writable."
+                f"journal {path}: {error.strerror}. Name a directory that exists, is writable and has room."
             ) from error
-        self._file.write(self._encoder.encode(Header(policy, rank, raw, outrider.__version__)) + b"\n")
 
     def write(self, now: float, event: Any, commands: Sequence[Any]) -> None:
-        """Append one line; call it after `handle` and before any command is carried out."""
-        line = {"now": now, "event": event, "commands": list(commands)}
-        self._file.write(self._encoder.encode(line) + b"\n")
+        """Append one line; call it after `handle` and before any command is carried out.
+
+        Where the line cannot be written (a full disk), the journal ends with the line before, says so once, and the
+        work goes on without it.
+        """
+        if self._file is None:
+            return
+        try:
+            self._append(self._encoder.encode({"now": now, "event": event, "commands": list(commands)}))
+        except OSError as error:
+            LOG.error("journal %s: %s. It ends here, the work goes on; free some room.", self.path, error.strerror)
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or, where that fails, nothing of it."""
+        assert self._file is not None
+        begin, rest = self._file.tell(), memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device that cannot be cut; the torn tail is ignored when read
+                self._file.truncate(begin)
+            raise
 
     def _put_array(self, value: object) -> dict[str, str]:
-        """Store an array once, under the name of its content."""
+        """Store an array once, under the name of its content; never a half-written one under that name."""
         if not isinstance(value, np.ndarray):
             raise TypeError(f"a journal cannot hold {type(value).__name__}")
         digest = array_digest(value)
         self._arrays.mkdir(exist_ok=True)
         target = self._arrays / f"{digest}.npy"
         if not target.exists():
-            np.save(target, value, allow_pickle=False)
+            draft = target.with_suffix(".draft")
+            with draft.open("wb") as file:
+                np.save(file, value, allow_pickle=False)
+            draft.replace(target)
         return {"array": target.name, "digest": digest}
+
+
+def _set_aside(path: Path) -> None:
+    """A journal that is there tells of an earlier run, perhaps of its crash: it becomes NAME.1.jsonl, NAME.2.jsonl."""
+    if not path.exists():
+        return
+    number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.jsonl").exists())
+    path.rename(path.with_suffix(f".{number}.jsonl"))
+    if path.with_suffix(".arrays").exists():
+        path.with_suffix(".arrays").rename(path.with_suffix(f".{number}.arrays"))
 
 
 def array_digest(array: "np.ndarray[Any, Any]") -> str:
@@ -103,7 +146,15 @@ def read(path: Path) -> tuple[Header, Iterator[Line]]:
         raise CallerError(
             f"journal {path}: format {header.journal}, this Outrider reads {FORMAT}. Use outrider {header.outrider}."
         )
-    return header, (msgspec.json.decode(line, type=Line) for line in whole[1:])
+    return header, _lines(path, whole[1:])
+
+
+def _lines(path: Path, whole: Sequence[bytes]) -> Iterator[Line]:
+    for number, line in enumerate(whole, start=2):
+        try:
+            yield msgspec.json.decode(line, type=Line)
+        except msgspec.DecodeError as error:
+            raise CallerError(f"journal {path}: line {number} is damaged ({error}). Restore the file.") from error
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -130,7 +181,10 @@ def replay(
     def get_array(wanted: type, value: Any) -> Any:
         if wanted is not np.ndarray:
             raise TypeError(f"a journal cannot hold {wanted.__name__}")
-        array = np.load(arrays / value["array"], allow_pickle=False)
+        try:
+            array = np.load(arrays / value["array"], allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CallerError(f"journal {path}: {value['array']}: {error}. Restore the sidecar {arrays}.") from error
         if array_digest(array) != value["digest"]:
             raise CallerError(
                 f"journal {path}: {value['array']} is not the array that was written. Restore the sidecar."
@@ -141,7 +195,16 @@ def replay(
     decoder = msgspec.json.Decoder(events, dec_hook=get_array)
     agreed = 0
     for number, line in enumerate(lines or recorded, start=2):
-        again = digests.encode(list(policy.handle(decoder.decode(line.event), line.now)))
+        try:
+            event = decoder.decode(line.event)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, CallerError):
+                raise error.__cause__ from None
+            raise CallerError(
+                f"journal {path}: line {number}: this version knows no such event ({error}). "
+                f"Use outrider {header.outrider}."
+            ) from error
+        again = digests.encode(list(policy.handle(event, line.now)))
         if again != bytes(line.commands):
             return agreed, Difference(number, bytes(line.event).decode(), bytes(line.commands).decode(), again.decode())
         agreed += 1

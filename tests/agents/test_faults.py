@@ -263,7 +263,7 @@ async def test_a_journal_that_cannot_be_written_stops_no_call(farm: Any, door: A
     engines = await farm(1)
     gate = await door(engines)
     gate.gateway.mover._journal._file.close()
-    with caplog.at_level(logging.ERROR, "outrider.agents"), FULL.open("wb", buffering=0) as full:  # noqa: ASYNC230
+    with caplog.at_level(logging.ERROR, "outrider.journal"), FULL.open("wb", buffering=0) as full:  # noqa: ASYNC230
         gate.gateway.mover._journal._file = full
         assert (await ask(gate))[0] == 200
     assert "No space left" in caplog.text

@@ -110,12 +110,7 @@ class Mover:
         now = time.monotonic()
         commands = self.policy.handle(event, now)
         if self._journal is not None:
-            try:
-                self._journal.write(now, event, commands)
-            except OSError as error:
-                LOG.error("journal %s: %s. It ends here; calls go on.", self._journal.path, error.strerror)
-                self._journal.close()
-                self._journal = None
+            self._journal.write(now, event, commands)
         self.stories.note(now, event, commands)
         self.exposition.note(commands)
         for command in commands:
@@ -164,7 +159,7 @@ class Mover:
                         return self.sentence(flight, status, why, retry_after_s)
                     case _:
                         raise AssertionError(f"{command} is not for a flight")
-        except (asyncio.CancelledError, ClientGone):
+        except BaseException:  # the client left, or a fault of ours: either way the policy must let go of the call
             self.feed(Gone(call.id))
             raise
         finally:

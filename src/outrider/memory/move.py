@@ -59,7 +59,7 @@ class Mover:
         now = self.clock()
         commands = self.policy.handle(event, now)
         if self._journal is not None:
-            self._write_journal(now, event, commands)
+            self._journal.write(now, event, commands)
         for command in commands:
             match command:
                 case ev.Grant() | ev.Offer() | ev.Acknowledge() | ev.Refuse():
@@ -96,14 +96,6 @@ class Mover:
         os.close(self.poke_fd)
         if self._journal is not None:
             self._journal.close()
-
-    def _write_journal(self, now: float, event: ev.Event, commands: list[ev.Command]) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.write(now, event, commands)
-        except OSError as error:
-            log.warning("journal: %s. Memory goes on without one; free some room and restart it.", error.strerror)
-            self._journal = None
 
     def _say_once(self, ending: ev.Copied | ev.CopyFailed) -> None:
         """One line when the disk begins to refuse, not one a block."""
