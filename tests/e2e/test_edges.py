@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 OUTRIDER = [sys.executable, "-m", "outrider"]
@@ -54,6 +55,7 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert_one_sentence(outrider("memory", "serve", "--socket", missing, "--tiers", "host=16MiB"), str(tmp_path / "no"))
     assert_one_sentence(outrider("demo", "--repo", str(tmp_path / "no")), str(tmp_path / "no"), "--repo")
     assert_one_sentence(outrider("demo", "--json", missing), "--json", str(tmp_path / "no"))
+    assert_one_sentence(outrider("demo", "--json", str(tmp_path)), "--json", "directory")
     assert_one_sentence(outrider("replay", str(tmp_path / "no.jsonl")), "no.jsonl")
 
 
@@ -99,19 +101,28 @@ def test_usage_errors_exit_with_2() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("signum", "act", "children"),
+    [
+        (signal.SIGINT, "outrider/agents.jsonl", 4),  # two engines, a gateway and a memory server
+        (signal.SIGTERM, "outrider/agents.jsonl", 4),
+        (signal.SIGINT, "experts/rollout-engine.log", 1),
+        (signal.SIGINT, "experts/static/experts.0.jsonl", 0),
+    ],
+)
+def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, signum: signal.Signals, act: str, children: int) -> None:
     """Ctrl-C in mid-run: every child gone within 2 seconds; no process, file, socket or shared-memory segment."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen(
         [*OUTRIDER, "demo", "--quick"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )
     by_s = time.monotonic() + 60
-    while time.monotonic() < by_s and len(list(tmp_path.glob("outrider-*/outrider/agents.jsonl"))) == 0:
+    while time.monotonic() < by_s and not list(tmp_path.glob(f"outrider-*/{act}")):
         assert demo.poll() is None, demo.stderr and demo.stderr.read()
         time.sleep(0.1)
     time.sleep(1.0)
-    assert len(_mentioning(tmp_path)) >= 4, "two engines, a gateway and a memory server are running"
+    running = psutil.Process(demo.pid).children(recursive=True)
+    assert len(running) >= children
     began_s = time.monotonic()
     demo.send_signal(signum)
     demo.wait(timeout=10)
@@ -122,19 +133,6 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, signum: signal.Signa
     assert took_s < 2.5, f"{took_s:.1f} s; 2 is the promise, half a second is the test's own"
     assert "Traceback" not in said, said
     assert demo.returncode not in {0, None}
-    assert not _mentioning(tmp_path)
+    assert not [child for child in running if child.is_running()]
     assert not list(tmp_path.iterdir())
     assert not [name for name in os.listdir("/dev/shm") if "outrider" in name]
-
-
-def _mentioning(directory: Path) -> list[str]:
-    """Processes whose command line names a path below `directory`."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(directory) in line:
-            found.append(line)
-    return found

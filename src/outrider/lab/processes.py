@@ -65,7 +65,13 @@ class Children:
 
     def start(self, name: str, command: Sequence[str]) -> Child:
         log = self.log_dir / f"{name}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.log_dir / "torch"),  # torch makes one on import: it must go with us
+        }
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-m", "outrider.lab.tether", str(os.getpid()), *command],

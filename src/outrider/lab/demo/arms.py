@@ -7,18 +7,23 @@ outrider   remaining work first, routing by residency and load, KV blocks in mem
 import asyncio
 import contextlib
 import json
+import re
 import statistics
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider import memory
+import msgspec
+
+from outrider import journal, memory
 from outrider.lab.demo import caller
 from outrider.lab.demo.workload import Workflow
 from outrider.lab.processes import Child, Children, await_http, await_path, free_port
 
+ENDINGS = ("Settle", "Reject", "Relay", "Break", "Abort")  # the gateway's terminal commands, one a call
 START_S = 120.0  # an engine loads its weights, and the first one converts them
 
 
@@ -38,10 +43,12 @@ class Running:
     """The processes of one arm, as tests that kill some of them see them."""
 
     gateway_url: str
+    engine_urls: list[str]
     engines: list[Child]
     gateway: Child
     memory: Child | None
     socket: Path | None
+    journal: Path  # the gateway's
 
 
 @contextlib.contextmanager
@@ -49,10 +56,11 @@ def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
     """Start one arm's processes in `run_dir/NAME`, where their journals and logs go; end them all on leaving."""
     own = run_dir / name
     own.mkdir()
-    with Children(own) as children:
+    # a socket's path may have 107 bytes: it gets a short directory of its own, wherever the run is kept
+    with tempfile.TemporaryDirectory(prefix="outrider-", dir="/tmp") as short, Children(own) as children:
         server, socket = None, None
         if name == "outrider":
-            socket = own / "memory.sock"
+            socket = Path(short) / "memory.sock"
             server = children.outrider(
                 "memory",
                 "memory",
@@ -86,7 +94,8 @@ def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
         for engine, port in zip(engines, ports, strict=True):
             await_http(engine, f"http://127.0.0.1:{port}/health", START_S)
         gateway_port = free_port()
-        urls = [argument for port in ports for argument in ("--engine", f"http://127.0.0.1:{port}")]
+        engine_urls = [f"http://127.0.0.1:{port}" for port in ports]
+        urls = [argument for url in engine_urls for argument in ("--engine", url)]
         order = (
             ["--policy", "srtf", "--routing", "residency"] if socket else ["--policy", "fcfs", "--routing", "sticky"]
         )
@@ -95,7 +104,7 @@ def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
         )
         url = f"http://127.0.0.1:{gateway_port}"
         await_http(gateway, f"{url}/health", START_S)
-        yield Running(url, engines, gateway, server, socket)
+        yield Running(url, engine_urls, engines, gateway, server, socket, own / "agents.jsonl")
 
 
 def play(
@@ -103,8 +112,7 @@ def play(
 ) -> dict[str, Any]:
     """Play the workload against a running arm; its figures and answers, as the JSON has them."""
     record = asyncio.run(caller.play(arm.gateway_url, model, workflows, on_answer))
-    with urllib.request.urlopen(f"{arm.gateway_url}/v1/outrider/stats", timeout=10) as answer:
-        gateway = json.load(answer)
+    gateway = gateway_stats(arm)
     moved: dict[str, int] = {}
     stats: dict[str, Any] = {}
     if arm.socket and arm.memory and arm.memory.running:
@@ -113,11 +121,59 @@ def play(
         moved = stats["moved_bytes"]
     return {
         **_figures(record, workflows),
+        **_ledger_of_calls(arm.journal),
+        "preemptions": sum(
+            _preemptions(url) for url, engine in zip(arm.engine_urls, arm.engines, strict=True) if engine.running
+        ),
+        "failed_attempts": gateway["failed_attempts"],
         "kv": _kv(gateway),
         "bytes_moved": moved,
         "memory": stats,
         "answers": _texts(record),
     }
+
+
+def gateway_stats(arm: Running) -> dict[str, Any]:
+    """The gateway's /v1/outrider/stats at this moment."""
+    with urllib.request.urlopen(f"{arm.gateway_url}/v1/outrider/stats", timeout=10) as answer:
+        stats: dict[str, Any] = json.load(answer)
+    return stats
+
+
+class _Arrival(msgspec.Struct):
+    id: str
+
+
+class _Said(msgspec.Struct):
+    """An event or a command, as far as it matters here: what it is, and of which call."""
+
+    type: str
+    call: _Arrival | str = ""
+
+
+def _ledger_of_calls(path: Path) -> dict[str, int]:
+    """From the gateway's journal, not the client: calls that arrived, and that did not end exactly once (law 8)."""
+    endings: dict[str, int] = {}
+    _, lines = journal.read(path)
+    for line in lines:
+        event = msgspec.json.decode(line.event, type=_Said)
+        if event.type == "Arrived" and isinstance(event.call, _Arrival):
+            endings[event.call.id] = 0
+        for command in msgspec.json.decode(line.commands, type=list[_Said]):
+            if command.type in ENDINGS and isinstance(command.call, str):
+                endings[command.call] += 1
+    return {
+        "arrivals": len(endings),
+        "duplicates": sum(count > 1 for count in endings.values()),
+        "unended": sum(count == 0 for count in endings.values()),
+    }
+
+
+def _preemptions(url: str) -> int:
+    """Requests whose blocks were taken and which computed again, as the engine counts them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        found = re.search(rb"^vllm:num_preemptions_total\S* (\S+)$", answer.read(), re.M)
+    return int(float(found.group(1))) if found else 0
 
 
 def _figures(record: caller.Record, workflows: list[Workflow]) -> dict[str, Any]:
@@ -129,7 +185,6 @@ def _figures(record: caller.Record, workflows: list[Workflow]) -> dict[str, Any]
     return {
         "calls": sum(workflow.calls for workflow in workflows),
         "answered": len({(answer.agent, answer.turn) for answer in answers}),
-        "duplicates": len(answers) - len({(answer.agent, answer.turn) for answer in answers}),
         "sends": sum(answer.sends for answer in answers),
         "workflows": len(record.completions_s),
         "prompt_tokens": prompt,

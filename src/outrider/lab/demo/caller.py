@@ -82,16 +82,31 @@ class Broken(Exception):
 
 
 async def play(gateway: str, model: str, workflows: list[Workflow], on_answer: Callable[[Answer], None]) -> Record:
-    """Run all workflows at once, each from its own start. WorldError when a call stays unanswered."""
+    """Run all workflows at once, each from its own start.
+
+    Raises WorldError, as itself, when a call is refused or stays unanswered; the other workflows are cancelled.
+    """
     record, began_s = Record(), time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         caller = Caller(session, gateway, model, record, began_s, on_answer)
-        async with asyncio.TaskGroup() as running:
-            for workflow in workflows:
-                running.create_task(caller.review(workflow))
+        try:
+            async with asyncio.TaskGroup() as running:
+                for workflow in workflows:
+                    running.create_task(caller.review(workflow))
+        except* WorldError as failed:
+            raise _first(failed) from None
     record.wall_s = time.monotonic() - began_s
     return record
+
+
+def _first(failed: BaseExceptionGroup[WorldError]) -> WorldError:
+    """The first error of a group of groups: fan-outs nest."""
+    error: BaseException = failed
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, WorldError)
+    return error
 
 
 class Caller:

@@ -70,9 +70,14 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _check(options: Options) -> None:
-    for flag, directory in (("--keep", options.keep), ("--json", options.json and options.json.absolute().parent)):
-        if directory and not directory.is_dir():
-            raise CallerError(f"{flag} {directory}: no such directory. Make it first, or name another.")
+    """What would fail at the end fails now."""
+    if options.keep and not options.keep.is_dir():
+        raise CallerError(f"--keep {options.keep}: no such directory. Make it first, or name another.")
+    if options.json:
+        try:
+            options.json.open("a").close()
+        except OSError as error:
+            raise CallerError(f"--json {options.json}: {error.strerror}. Name a file that can be written.") from error
 
 
 @contextlib.contextmanager
@@ -82,8 +87,9 @@ def run_directory(keep: Path | None) -> Iterator[Path]:
     try:
         yield Path(parent)
     finally:
-        for blocks in Path(parent).glob("*/blocks"):
-            shutil.rmtree(blocks, ignore_errors=True)
+        for name in ("blocks", "torch"):
+            for scratch in Path(parent).glob(f"*/{name}"):
+                shutil.rmtree(scratch, ignore_errors=True)
         if keep is None:
             shutil.rmtree(parent, ignore_errors=True)
 
@@ -128,6 +134,7 @@ def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], 
             f"{fleet.model} has {weights}.",
             f"Tools are real, their durations emulated: {low_s:g} to {high_s:g} s, the same in both arms.",
             "The RL step runs tiny-moe (random weights) on 2 gloo processes of this machine.",
+            "Prompt tokens computed are prompts less what engines reported as reused; preempted work is not in it.",
             "All figures were measured in this run, on this machine; nothing in the table is simulated.",
         ],
     }

@@ -36,6 +36,7 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("prompt tokens reused", "prompt_tokens_reused", count),
     ("  of them from memory", "prompt_tokens_from_memory", count),
     ("output tokens", "output_tokens", count),
+    ("preemptions", "preemptions", count),
 )
 
 

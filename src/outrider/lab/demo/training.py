@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from outrider.errors import WorldError
 from outrider.lab.demo import workload
 from outrider.lab.processes import Children, await_http, free_port
 from outrider.lab.rl import rollouts, step
@@ -37,17 +38,33 @@ def run(run_dir: Path, roots: tuple[Path, ...], quick: bool, on_step: Callable[[
 
 
 def rolled_out(log_dir: Path, asks: list[str], output_tokens: int) -> list[rollouts.Rollout]:
-    """Sample every ask SAMPLES times on an engine of our own, with the routes of every token."""
+    """Sample every ask SAMPLES times on an engine of our own, with the routes of every token.
+
+    An engine that dies is started again, once, and the whole batch rolled out anew: seeds make it the same batch.
+    """
+    try:
+        return _roll_out(log_dir, asks, output_tokens)
+    except WorldError:
+        return _roll_out(log_dir, asks, output_tokens)
+
+
+def _roll_out(log_dir: Path, asks: list[str], output_tokens: int) -> list[rollouts.Rollout]:
     port = free_port()
-    with Children(log_dir) as children:
+    jobs = [(group, sample) for group in range(len(asks)) for sample in range(SAMPLES)]
+    # the pool outside: on Ctrl-C the engine dies first, and with it what the pool's threads wait for
+    with ThreadPoolExecutor(CONCURRENT) as pool, Children(log_dir) as children:
         engine = children.outrider(
             "rollout-engine", "engine", "--model", MODEL, "--port", str(port), "--kv-tokens", "8192"
         )
         url = f"http://127.0.0.1:{port}"
         await_http(engine, f"{url}/health", START_S)
-        with ThreadPoolExecutor(CONCURRENT) as pool:
-            jobs = [(group, sample) for group in range(len(asks)) for sample in range(SAMPLES)]
-            return list(pool.map(lambda job: _sample(url, asks[job[0]], job[0], job[1], output_tokens), jobs))
+        answers = [pool.submit(_sample, url, asks[group], group, sample, output_tokens) for group, sample in jobs]
+        try:
+            return [answer.result() for answer in answers]
+        except OSError as error:  # urllib's errors are OSErrors; so is a connection that was reset
+            raise WorldError(f"rollouts: {error}. The engine said: {engine.last_words()}") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _sample(url: str, ask: str, group: int, sample: int, output_tokens: int) -> rollouts.Rollout:
