@@ -34,11 +34,17 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[agents]\nprot = 1\n", "line 2: unknown key 'prot' in [agents]. Did you mean 'port'?"),
+        ("[agents]\nprot = 1\n", "line 2: unknown key 'prot' in [agents]. Did you mean 'port' in [agents]?"),
         ("[agents]\nzzz = 1\n", "line 2: unknown key 'zzz' in [agents]. Known keys of [agents]: port, engines"),
         ("[agents]\nport = 'x'\n", "line 2: agents.port: Expected `int`, got `str`. Mend the value"),
-        ("[agents.timeouts]\nconnect_s = 'x'\n", "line 2: agents.connect_s: Expected `float`, got `str`."),
-        ("[agent]\nport = 1\n", "line 1: unknown table 'agent'. Known tables: [agents], [memory]."),
+        ("[agents.timeouts]\nconnect_s = 'x'\n", "line 2: agents.timeouts.connect_s: Expected `float`, got `str`."),
+        (
+            "[agents]\nconnect_s = 1\n",
+            "line 2: unknown key 'connect_s' in [agents]. Did you mean 'connect_s' in [agents.timeouts]?",
+        ),
+        ("[agents]\nport = 1\n[agents.timeouts]\nport = 2\n", "line 4: unknown key 'port' in [agents.timeouts]"),
+        ("[memory]\nx = 1\n", "line 1: unknown table 'memory'."),
+        ("[agent]\nport = 1\n", "line 1: unknown table 'agent'. Known tables: [agents]."),
         ("port = 1\n", "line 1: unknown key 'port'. Known tables"),
         ("[agents\n", "broken TOML: "),
     ],

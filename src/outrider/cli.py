@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import outrider
-from outrider.errors import OutriderError
+from outrider.errors import LawBroken, OutriderError
 
 SAID_WRONG = 2  # exit code: the caller can mend it
 WENT_WRONG = 1  # exit code: it ran, and the answer is no
@@ -220,10 +220,12 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; exit 2 with one sentence where the caller or the world is at fault."""
+    """Run the command line: one sentence and exit 2 for the caller's or the world's fault, a traceback for ours."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         app(standalone_mode=True)
+    except LawBroken:
+        raise  # our fault: whoever reports it needs the whole traceback
     except OutriderError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

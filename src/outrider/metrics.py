@@ -1,7 +1,7 @@
 """Numbers from a journal: how often each event came and each command was given, and over how long.
 
-Live doors count what they move themselves; everything that a policy decided is read from its journal, so that no
-number is kept twice. Called by `outrider replay` and by the tests.
+Live totals (stats, /metrics) are kept by a system's `tally.py`, inside its policy; this reads what a run left behind.
+Called by `outrider replay --json` and by the tests.
 """
 
 from collections import Counter

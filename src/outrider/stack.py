@@ -5,9 +5,10 @@
 It also knows every policy object by its journal's name, so that any journal can be replayed. Called by `cli.py`.
 """
 
-import queue
+import logging
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +26,79 @@ from outrider.memory import policy as memory_policy
 from outrider.memory import settings as memory_settings
 from outrider.wants import Want
 
-WAITING_WANTS = 4096  # more than this many unsent wants: the oldest are worthless, new ones are dropped and counted
+LOG = logging.getLogger("outrider.stack")
+WAITING_WANTS = 4096  # unsent; beyond it the oldest is dropped and counted
 RECONNECT_S = 0.5
+CALL_S = 0.5  # one exchange with memory; also what `close` may have to wait for
 
 
 class Courier:
     """Carries wants from agents to memory, in order, off the gateway's loop. A dead memory server costs it nothing.
 
-    `dropped` counts the wants that never reached memory: the queue was full, or the server was gone.
+    `dropped` counts the wants that never reached memory: the oldest of a full queue, and those of a time without a
+    server. It is logged when the server goes, comes back, and at the end.
     """
 
     def __init__(self, socket: Path) -> None:
         self.dropped = 0
         self._socket = socket
-        self._wants: queue.Queue[Want | None] = queue.Queue(WAITING_WANTS)
+        self._wants: deque[Want] = deque(maxlen=WAITING_WANTS)
+        self._news = threading.Condition()
+        self._ended = False
+        self._lost = False
         self._thread = threading.Thread(target=self._carry, name="want-courier", daemon=True)
         self._thread.start()
 
     def send(self, want: Want) -> None:
-        try:
-            self._wants.put_nowait(want)
-        except queue.Full:
-            self.dropped += 1
+        """Queue a want; a full queue drops its oldest, whose time has most likely passed. Never blocks on memory."""
+        with self._news:
+            self.dropped += len(self._wants) == WAITING_WANTS
+            self._wants.append(want)
+            self._news.notify()
 
     def close(self) -> None:
-        self._wants.put(None)
+        """End the thread; what is still queued is worthless once the gateway is gone."""
+        with self._news:
+            self._ended = True
+            self._news.notify()
         self._thread.join(timeout=1.0)
+        if self.dropped:
+            LOG.warning("memory %s: %d wants never reached it.", self._socket, self.dropped)
 
     def _carry(self) -> None:
         store: memory.Store | None = None
         retry_at_s = 0.0
-        while (want := self._wants.get()) is not None:
+        while (want := self._next()) is not None:
             try:
                 if store is None and time.monotonic() >= retry_at_s:
-                    store = memory.connect(self._socket, timeout_s=2.0, name="gateway")
+                    store = memory.connect(self._socket, timeout_s=CALL_S, name="gateway")
+                    self._say(lost=False)
                 if store is None:
                     self.dropped += 1
                 else:
                     store.want(want)
-            except (StoreGone, CallerError):  # restarting, or not there yet: ask again later, requests go on
+            except (StoreGone, CallerError) as error:  # restarting, or not there yet: requests go on meanwhile
+                if store is not None:
+                    store.close()
                 store, retry_at_s = None, time.monotonic() + RECONNECT_S
                 self.dropped += 1
+                self._say(lost=True, why=str(error))
         if store is not None:
             store.close()
+
+    def _next(self) -> Want | None:
+        """The oldest want, or None when the courier is closed."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or self._wants)
+            return None if self._ended else self._wants.popleft()
+
+    def _say(self, lost: bool, why: str = "") -> None:
+        """One line when memory goes or comes back, not one a want."""
+        if lost and not self._lost:
+            LOG.warning("memory %s: no wants reach it, calls go on: %s", self._socket, why)
+        elif self._lost and not lost:
+            LOG.warning("memory %s: reached again; %d wants were dropped.", self._socket, self.dropped)
+        self._lost = lost
 
 
 def serve_gateway(settings: Any, socket: Path | None, journal_dir: Path | None) -> None:

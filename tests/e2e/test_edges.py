@@ -69,7 +69,9 @@ def test_broken_toml_and_unknown_key(tmp_path: Path) -> None:
     config.write_text("[agents\n")
     assert_one_sentence(outrider("serve", "--config", str(config)), "outrider.toml", "broken TOML")
     config.write_text("[agents]\nprot = 8000\n")
-    assert_one_sentence(outrider("serve", "--config", str(config)), "line 2", "'prot'", "Did you mean 'port'?")
+    assert_one_sentence(
+        outrider("serve", "--config", str(config)), "line 2", "'prot'", "Did you mean 'port' in [agents]?"
+    )
 
 
 def test_engines_are_needed_and_must_be_urls() -> None:

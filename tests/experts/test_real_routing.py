@@ -10,7 +10,7 @@ from outrider.experts import contiguous_homes, foresee, plan
 
 @pytest.mark.parametrize(("domain", "ranks", "static"), [("intent", 8, 1.443), ("law", 16, 1.724)])
 def test_imbalance_falls_to_the_integer_limit(routing: Any, domain: str, ranks: int, static: float) -> None:
-    """1,024-token micro-batches, 2 spare slots; figures of reference/experts.md section 9, every fourth layer here."""
+    """1,024-token micro-batches, 2 spare slots; every fourth layer; the figures were measured apart, over all."""
     ids = routing[f"{domain}_ids"].transpose(1, 0, 2)
     tokens = len(ids) // 1024 * 1024
     batch = np.arange(tokens) // 1024
@@ -26,7 +26,7 @@ def test_imbalance_falls_to_the_integer_limit(routing: Any, domain: str, ranks: 
         at_home.append(load.max(axis=1) / mean)
         over_bound.append(step.most_L / np.ceil(mean))
         copies += len(step.moves)
-    assert abs(np.mean(at_home) - static) < 0.12  # the reference's mean is over all 26 layers
+    assert abs(np.mean(at_home) - static) < 0.12  # that mean is over all 26 layers
     assert np.mean(over_bound) <= 1.006
     assert np.percentile(over_bound, 95) <= 1.03
     assert copies / counts_MLRE.shape[0] / counts_MLRE.shape[1] <= ranks  # EPLB per micro-step: 64 and 85

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from outrider.memory import events as ev
-from outrider.memory.policy import Policy, fresh
+from outrider.memory.policy import Policy
 from outrider.memory.residency import At
 from outrider.memory.settings import Settings
 from outrider.wants import Want
@@ -280,7 +280,7 @@ class Memory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Law 10: the same events give the same commands, byte for byte; and in the end nothing is held."""
-        again = fresh(msgspec.Raw(msgspec.json.encode(SETTINGS)))
+        again = Policy(msgspec.json.decode(msgspec.json.encode(SETTINGS), type=Settings))
         decode = msgspec.json.Decoder(ev.Event).decode
         for now, event, commands in self.journal:
             assert msgspec.json.encode(again.handle(decode(event), now)) == commands

@@ -3,13 +3,14 @@
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import outrider.memory as memory
 from outrider.errors import LawBroken
 from outrider.journal import read, replay
 from outrider.memory import events as ev
-from outrider.memory.policy import Policy, fresh
+from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
 from outrider.wants import Want
 
@@ -40,7 +41,7 @@ def test_a_live_journal_replays_byte_for_byte(tmp_path: Path) -> None:
         journal = tmp_path / name / "memory.jsonl"
         header, _ = read(journal)
         assert header.policy == "memory"
-        agreed, difference = replay(journal, ev.Event, fresh)
+        agreed, difference = replay(journal, ev.Event, lambda raw: Policy(msgspec.json.decode(raw, type=Settings)))
         assert difference is None and agreed >= 15
     _, lines = read(tmp_path / "two" / "memory.jsonl")
     assert b'"Recovered"' in bytes(next(lines).event)
@@ -50,12 +51,12 @@ def test_a_changed_line_is_shown(tmp_path: Path) -> None:
     live(tmp_path / "one", f"host=1MiB,disk=2MiB,path={tmp_path / 'd'}", ["a"])
     journal = tmp_path / "one" / "memory.jsonl"
     journal.write_bytes(journal.read_bytes().replace(b'"spans":[[0,', b'"spans":[[4096,', 1))
-    agreed, difference = replay(journal, ev.Event, fresh)
+    agreed, difference = replay(journal, ev.Event, lambda raw: Policy(msgspec.json.decode(raw, type=Settings)))
     assert difference is not None and (agreed, difference.line) == (1, 3)
 
 
 def test_the_golden_dialogue_is_what_the_policy_still_says() -> None:
-    agreed, difference = replay(GOLDEN, ev.Event, fresh)
+    agreed, difference = replay(GOLDEN, ev.Event, lambda raw: Policy(msgspec.json.decode(raw, type=Settings)))
     assert difference is None, difference
     assert agreed == 14
 

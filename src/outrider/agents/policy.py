@@ -48,9 +48,6 @@ from outrider.agents.tally import Tally
 from outrider.agents.workflows import Workflow, Workflows
 from outrider.errors import LawBroken
 
-__all__ = ["GatewaySettings", "Policy", "Settings"]
-Settings = GatewaySettings  # the name under which every system's policy offers its settings
-
 
 class Policy:
     """State of the gateway. Only `handle` decides the flow; the other methods change one thing each."""

@@ -8,8 +8,6 @@ time, save the most expected seconds per byte-second held (`foresee.py`).
 from collections.abc import Iterable
 from typing import Any, assert_never
 
-import msgspec
-
 from outrider.memory import events as ev
 from outrider.memory.demand import Debt, Demands, Lease
 from outrider.memory.flights import OPEN_END_S, Flights
@@ -21,11 +19,6 @@ from outrider.memory.tally import Tally
 from outrider.memory.told import Told
 
 COPIES_PER_SAVE = 64
-
-
-def fresh(raw: msgspec.Raw) -> "Policy":
-    """A policy object as a journal's header describes it, for replay."""
-    return Policy(msgspec.json.decode(raw, type=Settings))
 
 
 class Policy:
