@@ -157,6 +157,29 @@ def _lines(path: Path, whole: Sequence[bytes]) -> Iterator[Line]:
             raise CallerError(f"journal {path}: line {number} is damaged ({error}). Restore the file.") from error
 
 
+def decoder(path: Path, wanted: Any) -> "msgspec.json.Decoder[Any]":
+    """Reads `wanted` (events, commands) out of the lines of the journal at `path`, arrays from its sidecar included.
+
+    Its `decode` raises CallerError, as the cause of msgspec's error, where an array is missing or is another one.
+    """
+    arrays = path.with_suffix(".arrays")
+
+    def get_array(wanted: type, value: Any) -> Any:
+        if wanted is not np.ndarray:
+            raise TypeError(f"a journal cannot hold {wanted.__name__}")
+        try:
+            array = np.load(arrays / value["array"], allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CallerError(f"journal {path}: {value['array']}: {error}. Restore the sidecar {arrays}.") from error
+        if array_digest(array) != value["digest"]:
+            raise CallerError(
+                f"journal {path}: {value['array']} is not the array that was written. Restore the sidecar."
+            )
+        return array
+
+    return msgspec.json.Decoder(wanted, dec_hook=get_array)
+
+
 class Difference(msgspec.Struct, frozen=True):
     """The first line whose commands differ; `line` counts from 1 as an editor does."""
 
@@ -176,27 +199,12 @@ def replay(
     """
     header, recorded = read(path)
     policy = fresh(header.settings)
-    arrays = path.with_suffix(".arrays")
-
-    def get_array(wanted: type, value: Any) -> Any:
-        if wanted is not np.ndarray:
-            raise TypeError(f"a journal cannot hold {wanted.__name__}")
-        try:
-            array = np.load(arrays / value["array"], allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CallerError(f"journal {path}: {value['array']}: {error}. Restore the sidecar {arrays}.") from error
-        if array_digest(array) != value["digest"]:
-            raise CallerError(
-                f"journal {path}: {value['array']} is not the array that was written. Restore the sidecar."
-            )
-        return array
-
     digests = msgspec.json.Encoder(enc_hook=lambda array: {"array": f"{(d := array_digest(array))}.npy", "digest": d})
-    decoder = msgspec.json.Decoder(events, dec_hook=get_array)
+    decode = decoder(path, events).decode
     agreed = 0
     for number, line in enumerate(lines or recorded, start=2):
         try:
-            event = decoder.decode(line.event)
+            event = decode(line.event)
         except msgspec.ValidationError as error:
             if isinstance(error.__cause__, CallerError):
                 raise error.__cause__ from None
