@@ -56,3 +56,13 @@ def test_one_other_token_changes_its_block_and_all_after(tokens: list[int], posi
 def test_block_of_no_tokens_is_refused() -> None:
     with pytest.raises(CallerError, match="block_tokens is 0"):
         other(block_tokens=0)
+
+
+def test_adopted_keys_bind_the_space_and_the_engines_hash() -> None:
+    """An engine's own hashes name no model: the space does."""
+    hashes = [bytes([i]) * 32 for i in range(3)]
+    keys = SPACE.adopt(hashes)
+    assert len({*keys, *SPACE.chain(range(3 * SPACE.block_tokens))}) == 6
+    assert SPACE.adopt(hashes[1:]) == keys[1:]
+    for name, value in FIELDS.items():
+        assert not {*keys} & {*other(**{name: value}).adopt(hashes)}, name

@@ -2,10 +2,12 @@
 
 A key names the block's tokens, all tokens before it, and the space: weights, dtype, layout, block size, group, shard,
 adapter and tenant salt. Two spaces that differ in any field share no key, so a hit can never be another model's,
-another layout's or another tenant's block (law 1). Engines call `chain`; nobody else makes keys.
+another layout's or another tenant's block (law 1). Engines call `chain`, or `adopt` where they hash blocks themselves;
+nobody else makes keys.
 
     root  = H(tag, name and value of every field of the space, each length-prefixed)
     key_0 = H(root + tokens of block 0)        key_i = H(key_{i-1} + tokens of block i)
+    adopted key_i = H(tag + root + the engine's own chained hash of block i)
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from outrider.errors import CallerError
 
 KEY_BYTES = 16
 TAG = b"outrider key space 1"
+ADOPTED = b"outrider adopted 1"
 
 
 class KeySpace(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,3 +69,8 @@ class KeySpace(msgspec.Struct, frozen=True, kw_only=True):
             parent = blake2b(parent + tokens[start : start + step], digest_size=KEY_BYTES).digest()
             keys.append(parent)
         return keys
+
+    def adopt(self, hashes: Sequence[bytes]) -> list[bytes]:
+        """Keys of blocks that an engine has hashed itself, each hash over all tokens before it too (vLLM's)."""
+        stem = ADOPTED + self.root()
+        return [blake2b(stem + block_hash, digest_size=KEY_BYTES).digest() for block_hash in hashes]
