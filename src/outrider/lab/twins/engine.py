@@ -44,6 +44,8 @@ class Job:
     tiers: dict[str, int] = field(default_factory=dict)  # of those, by the place where each lay
     admitted: bool = False
     closed: bool = False
+    passed: int = 0  # tokens computed for it, those twice after a preemption included
+    lost: int = 0  # of them, thrown away by preemptions
 
     @property
     def left(self) -> int:
@@ -165,7 +167,9 @@ class Engine:
     def loaded(self, job: Job, good: int) -> None:
         """`good` blocks more arrived from memory; from there on it computes for itself."""
         self.loading.remove(job)
-        if not job.admitted:
+        if job.admitted:
+            job.lost -= good * self.block_tokens
+        else:
             job.external_blocks = good
         job.admitted = True
         insort(self.running, job, key=self.order)
@@ -221,7 +225,7 @@ class Engine:
         return sum(max(0, self.blocks_for(job.computed + steps) - job.named - job.private) for job, _ in chunks)
 
     def _end(self) -> None:
-        """Book what was computed, tell of tokens and endings; what follows from them comes after the next step begins."""
+        """Book what was computed, tell of tokens and endings; what follows from them comes in the next step but one."""
         stretch, self._under_way = self._under_way, None
         assert stretch is not None
         self.steps += stretch.steps
@@ -234,7 +238,7 @@ class Engine:
             if stretch.steps > 1:
                 self._grow_to(job, job.computed + tokens)
             sampled = stretch.steps if count == 1 and job.left == 1 else int(job.left == count)
-            self.computed_tokens += tokens
+            job.passed += tokens
             self._advance(job, tokens)
             if not sampled:
                 continue
@@ -242,10 +246,24 @@ class Engine:
                 job.on_first()
             job.generated += sampled
             if job.generated >= job.output_tokens:
+                self._settle(job)
                 self._close(job)
                 job.on_finished()
         self._accounting = False
         self._begin()
+
+    def _settle(self, job: Job) -> None:
+        """Every token of a finished request was computed here or came from a cache, once: nothing else adds up."""
+        reused = (job.own_blocks + job.external_blocks) * self.block_tokens
+        self.computed_tokens += job.passed
+        if job.passed - job.lost != job.prompt_tokens + job.generated - 1 - reused:
+            story = [
+                f"prompt {job.prompt_tokens}",
+                f"generated {job.generated}",
+                f"passed {job.passed}",
+                f"lost {job.lost}",
+            ]
+            raise LawBroken(2, f"request {job.id}: tokens do not add up with {reused} reused", story)
 
     def _grow_to(self, job: Job, tokens: int) -> None:
         missing = self.blocks_for(tokens) - job.named - job.private
@@ -315,7 +333,9 @@ class Engine:
             return False
         self.pool.take(missing)
         job.named, job.private, job.computed = hit, missing, hit * self.block_tokens
-        if not job.admitted:
+        if job.admitted:
+            job.lost -= job.computed
+        else:
             job.own_blocks = hit
         self.waiting.remove(job)
         if self.hook and min(job.external or 0, reusable) > hit:
@@ -339,6 +359,7 @@ class Engine:
     def _preempt(self, job: Job) -> None:
         """Give its blocks back and queue it again at its old place; what it generated is computed again."""
         self.preemptions += 1
+        job.lost += job.computed
         self._let_go(job)
         self._queue(job)
         if self.hook:

@@ -36,3 +36,4 @@ class Profile(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     max_num_seqs: int
     hop_s: float = 0.001  # gateway to engine, and back
+    copy_bytes_per_s: float = 20e9  # between host and this engine, each way
