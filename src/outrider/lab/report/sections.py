@@ -1,0 +1,291 @@
+"""What each section of the page shows, worked out for the template. Pure. Called by `page.py`."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from outrider.lab.demo import table
+from outrider.lab.report import draw, strips
+from outrider.lab.report.calls import Calls, waiting
+from outrider.lab.report.draw import Scale, Tick
+from outrider.lab.report.loads import Loads
+from outrider.lab.report.numbers import Numbers
+from outrider.lab.report.run import Arm, Journals, Run
+from outrider.lab.report.strips import Strip
+from outrider.lab.report.timeline import Timeline, timeline
+from outrider.lab.report.totals import COMPUTED, ENGINE
+
+HEADLINES = (  # title, key, form: the first thing that is read
+    ("TTFT p50, returning turns", "returning_ttft_p50_s", "seconds"),
+    ("Workflow completion, mean", "workflow_completion_mean_s", "seconds"),
+    ("Prompt tokens computed", "prompt_tokens_computed", "count"),
+)
+FORMS: Mapping[Callable[[float], str], str] = MappingProxyType(
+    {table.seconds: "seconds", table.count: "count", table.mib: "mib"}
+)
+FROM_MEMORY = ("host", "hybrid", "disk", "memory")  # fastest first; "memory": from which tier is not known
+LAYERS = 8  # drawn of a model that has more
+CELLS = 32  # a side of the grid that many points share
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline: keys of the number before and after; `after` alone where there is one arm."""
+
+    title: str
+    before: str
+    after: str
+    form: str
+    widths: tuple[float, float]  # of the two bars, percent
+
+
+@dataclass(frozen=True)
+class Served:
+    """One arm in the timeline."""
+
+    arm: Arm
+    key: str
+    rows: Timeline
+    strips: list[Strip]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a stacked bar, its number at `key`."""
+
+    source: str
+    key: str
+    x: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """The tiers of one arm: (place, key of its totals, strip), and what moved: (way, key, strip)."""
+
+    arm: Arm
+    tiers: list[tuple[str, str, Strip]]
+    ways: list[tuple[str, str, Strip]]
+    differs: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer, a column a micro-step: (x, width, before, after), each a span (y, height) or None; in percent."""
+
+    number: int
+    columns: list[tuple[float, float, tuple[float, float] | None, tuple[float, float] | None]]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Calls with the same prediction and the same truth; x, y in percent, r in pixels."""
+
+    x: float
+    y: float
+    r: float
+    count: int
+    says: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Predicted along x, actual upwards, both on one scale."""
+
+    title: str
+    ticks: list[Tick]
+    dots: list[Dot]
+
+
+def sections(run: Run, journals: Journals, numbers: Numbers) -> dict[str, Any]:
+    """Everything the template needs beside the run itself."""
+    calls = journals.calls
+    longest_s = max((c.ended_s - c.began_s for c in calls.values() if c.stories), default=0.0) or 1.0
+    x = Scale(longest_s)
+    served = _served(run, calls, x)
+    return {
+        "cards": _cards(run, numbers),
+        "rows": [row for row in table.ROWS if any(numbers.at(_key(arm, row[1])) is not None for arm in run.arms)],
+        "forms": FORMS,
+        "key": _key,
+        "served": served,
+        "stories": [story for one in served for story in one.rows.stories],
+        "ticks": draw.ticks(longest_s, 6, "s"),
+        "read": lambda arm: _read(run, arm),
+        "sources": [(arm, _segments(arm, run, numbers)) for arm in run.arms],
+        "source_names": _source_names(run, numbers),
+        "held": [_held(run, arm, journals, x) for arm in run.arms if arm.name in journals.memory],
+        "layers": _layers(journals.before, journals.after),
+        "load_top": _load_top(journals.before, journals.after),
+        "scatters": _scatters(run, calls),
+    }
+
+
+def _read(run: Run, arm: Arm) -> str:
+    return f"read.arms.{run.arms.index(arm)}"
+
+
+def _key(arm: Arm, name: str) -> str:
+    return f"figures.{arm.prefix}{name}"
+
+
+def _cards(run: Run, numbers: Numbers) -> list[Card]:
+    cards = []
+    if run.arms:
+        first, last = run.arms[0], run.arms[-1]
+        for title, name, form in HEADLINES:
+            cards.append((title, _key(first, name), _key(last, name), form))
+    cards.append(
+        (
+            "Expert load, largest / mean rank",
+            "figures.experts.max_over_mean_static",
+            "figures.experts.max_over_mean_balanced",
+            "load",
+        )
+    )
+    return [
+        Card(title, before, after, form, _widths(numbers.at(before), numbers.at(after)))
+        for title, before, after, form in cards
+        if numbers.at(before) is not None and numbers.at(after) is not None
+    ]
+
+
+def _widths(before: float, after: float) -> tuple[float, float]:
+    top = max(before, after) or 1
+    return round(100 * before / top, 2), round(100 * after / top, 2)
+
+
+def _served(run: Run, calls: dict[str, Calls], x: Scale) -> list[Served]:
+    """Both arms under the same scales, so that heights can be compared."""
+    tops = [max((level for _, level in waiting(c)), default=0) for c in calls.values()]
+    busy = [max((level for _, level in strips.in_flight(c, c.engines)), default=0) for c in calls.values()]
+    served = []
+    for arm in run.arms:
+        one = calls[arm.name]
+        if one.stories:
+            below = [
+                strips.in_line(one, x, max(tops)),
+                strips.at_engines(one, x, max(busy)),
+                strips.kv_in_use(one, x),
+            ]
+            served.append(Served(arm, _read(run, arm), timeline(one, x), [s for s in below if s]))
+    return served
+
+
+def _source_names(run: Run, numbers: Numbers) -> list[str]:
+    """Every source that any arm had, computed first, then from near to far."""
+    seen = {name for arm in run.arms for name in numbers.at(f"{_read(run, arm)}.tokens") or ()}
+    return [name for name in (COMPUTED, ENGINE, *FROM_MEMORY) if name in seen]
+
+
+def _segments(arm: Arm, run: Run, numbers: Numbers) -> list[Segment]:
+    """One arm's bar, on the scale of the longest."""
+    totals = [sum(numbers.at(f"{_read(run, other)}.tokens").values()) for other in run.arms]
+    x = Scale(max(totals) or 1)
+    segments: list[Segment] = []
+    begin = 0
+    tokens = numbers.at(f"{_read(run, arm)}.tokens")
+    for name in _source_names(run, numbers):
+        count = tokens.get(name, 0)
+        if count:
+            segments.append(Segment(name, f"{_read(run, arm)}.tokens.{name}", x(begin), x(count)))
+        begin += count
+    return segments
+
+
+def _held(run: Run, arm: Arm, journals: Journals, x: Scale) -> Held:
+    calls, memory, key = journals.calls[arm.name], journals.memory[arm.name], _read(run, arm)
+    zero_s, ends_s = calls.began_s, calls.ended_s - calls.began_s
+    tiers = [
+        (place, f"{key}.tiers.{place}", strips.held(memory, place, zero_s, ends_s, x, table.mib))
+        for place in memory.capacity_bytes
+    ]
+    ways = list(memory.samples[-1].moved_bytes) if memory.samples else []
+    moved = [(way, f"{key}.moved_bytes.{way}", strips.moved(memory, way, zero_s, ends_s, x, table.mib)) for way in ways]
+    return Held(arm, tiers, moved, memory.differs)
+
+
+def _load_top(before: Loads | None, after: Loads | None) -> float:
+    """The full height of the pictures of load, times the mean: the busiest rank of all just fits."""
+    return max([1.2, *(float(loads.over_mean_SLR.max()) for loads in (before, after) if loads)])
+
+
+def _layers(before: Loads | None, after: Loads | None) -> list[Layer]:
+    """The layers that were least balanced before, in their own order."""
+    first = before or after
+    if first is None:
+        return []
+    worst_L = first.over_mean_SLR.max(axis=2).mean(axis=0)
+    chosen = sorted(range(len(worst_L)), key=lambda layer: (-worst_L[layer], layer))[:LAYERS]
+    y = Scale(_load_top(before, after))
+    width = 100 / len(first.stages)
+    return [
+        Layer(
+            layer,
+            [
+                (
+                    round(width * (s + 0.12), 3),
+                    round(width * 0.76, 3),
+                    _span(before, s, layer, y),
+                    _span(after, s, layer, y),
+                )
+                for s in range(len(first.stages))
+            ],
+        )
+        for layer in sorted(chosen)
+    ]
+
+
+def _span(loads: Loads | None, step: int, layer: int, y: Scale) -> tuple[float, float] | None:
+    """From the busiest rank down to the idlest; perfect balance is still a line."""
+    if loads is None or step >= len(loads.stages):
+        return None
+    load_R = loads.over_mean_SLR[step, layer]
+    top, height = 100 - y(float(load_R.max())), y(float(load_R.max() - load_R.min()))
+    least = 1.8
+    return (round(top - max(0.0, least - height) / 2, 2), round(max(height, least), 2))
+
+
+def _scatters(run: Run, calls: dict[str, Calls]) -> list[Scatter]:
+    """Output tokens by arm, and completion where the run was foretold."""
+    scatters = []
+    for name, one in calls.items():
+        pairs = [
+            (float(story.dispatch.predicted_tokens), float(story.usage.output_tokens))
+            for story in one.stories.values()
+            if story.dispatch and story.usage
+        ]
+        if pairs:
+            scatters.append(scatter(f"Output tokens, {name}", pairs, "tokens"))
+    if run.predicted:
+        told = [(float(flow["predicted_s"]), float(flow["actual_s"])) for flow in run.predicted.values()]
+        scatters.append(scatter("Workflow completion", told, "s"))
+    return scatters
+
+
+def scatter(title: str, pairs: list[tuple[float, float]], unit: str) -> Scatter:
+    """Points that coincide become one larger dot; very many share the cells of a grid."""
+    top = max(max(pair) for pair in pairs) * 1.08 or 1.0
+    counted = Counter(pairs)
+    if len(counted) > 2 * CELLS**2:
+        cell = top / CELLS
+        counted = Counter(((p // cell + 0.5) * cell, (a // cell + 0.5) * cell) for p, a in pairs)
+    x = Scale(top)
+    dots = [
+        Dot(
+            x(p),
+            100 - x(a),
+            round(min(3 + 1.5 * (count - 1) ** 0.5, 14), 1),
+            count,
+            f"predicted {p:,.4g} {unit}, came {a:,.4g} {unit}",
+        )
+        for (p, a), count in sorted(counted.items())
+    ]
+    return Scatter(title, draw.ticks(top, 5), dots)
+
+
+def _radius(count: int) -> float:
+    return float(round(min(3 + 1.5 * math.sqrt(count - 1), 14), 1))
