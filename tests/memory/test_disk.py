@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from outrider.errors import CallerError
 from outrider.memory.events import Copy, Found
-from outrider.memory.tiers.disk import HEADER_BYTES, Damaged, Disk
+from outrider.memory.tiers.disk import HEADER_BYTES, Disk
 from outrider.memory.tiers.index import RECORD_BYTES, Index
+from outrider.memory.tiers.tier import Damaged
 
 PAGE = 4096
 SLOT = HEADER_BYTES + PAGE

@@ -154,7 +154,7 @@ def test_leases_join_one_copy_and_a_cancelled_copy_is_wanted_again() -> None:
     assert policy.residency.state(A, "host") is At.COMING
     commands = policy.handle(ev.Copied((load.copies[0].number,)), 21.4)
     assert [command for command in commands if isinstance(command, ev.Grant)] == [
-        ev.Grant(3, 1, (ev.Span(load.copies[0].dst_at, 8),))
+        ev.Grant(3, 1, (ev.Span(load.copies[0].dst_at, 8),), {"disk": 1})
     ]
 
 

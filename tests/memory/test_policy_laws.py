@@ -1,11 +1,12 @@
-"""Laws 1-5 and 10 of the policy, by a state machine that plays all clients, the arena, the disk and the clock.
+"""Laws 1-5 and 10 of the policy, by a state machine that plays all clients, the arena, the tiers below and the clock.
 
-The model writes real names into a model arena and a model disk, whenever a command says so, as late as it likes. So
+The model writes real names into a model arena and model tiers, whenever a command says so, as late as it likes. So
 a late copy that lands in a reused slot, a leased block that is rewritten, or a draft that is read all show as a wrong
-name.
+name. It runs over every combination of tiers: host with disk, with hybrid, with both.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from hypothesis import settings as hypothesis_settings
@@ -15,14 +16,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from outrider.memory import events as ev
 from outrider.memory.policy import Policy
 from outrider.memory.residency import At
-from outrider.memory.settings import Settings
+from outrider.memory.settings import Hybrid, Settings
 from outrider.wants import Want
 
 ITEMS = [f"{number:032x}" for number in range(10)]
-SETTINGS = Settings(
+DISK = Settings(
     64, 112, grain_bytes=8, header_bytes=8, disk_read=32.0, disk_write=32.0, recompute=4.0, save_bytes=24,
     paths_max=3, patience_s=20.0, retry_s=3.0,
 )  # fmt: skip
+DEVICE = Hybrid(96, cache_bytes=32, line_bytes=16, read=32.0, hit_read=128.0, write=32.0)
+HYBRID = msgspec.structs.replace(DISK, host_bytes=40, disk_bytes=0, hybrid=DEVICE)
+BOTH = msgspec.structs.replace(DISK, host_bytes=40, hybrid=DEVICE)
 CLIENTS = st.integers(1, 3)
 CHAINS = st.lists(st.sampled_from(ITEMS), min_size=1, max_size=4, unique=True)
 
@@ -30,33 +34,47 @@ CHAINS = st.lists(st.sampled_from(ITEMS), min_size=1, max_size=4, unique=True)
 @dataclass
 class Flying:
     copy: ev.Copy
-    load: bool
+    src: str
+    dst: str
+
+    def ends(self) -> list[tuple[str, int]]:
+        """What it reads and what it writes: (tier, address)."""
+        return [(self.src, self.copy.src_at)] + [(self.dst, self.copy.dst_at)] * (self.dst != "cache")
 
 
 class Memory(RuleBasedStateMachine):
+    settings: Settings
+
     def __init__(self) -> None:
         super().__init__()
-        self.policy = Policy(SETTINGS)
+        self.policy = Policy(self.settings)
         self.now = 100.0
         self.request = 0
         self.wake_s: float | None = None
         self.journal: list[tuple[float, bytes, bytes]] = []
         self.arena: dict[int, tuple[int, str, str]] = {}  # at -> (bytes, item, "draft" | "here")
         self.disk: dict[str, ev.Copy] = {}  # durable blocks: the save that made them so
-        self.slots: dict[int, tuple[int, ev.Copy]] = {}  # at -> (bytes, what was written there last)
+        self.slots: dict[tuple[str, int], tuple[int, str]] = {}  # (tier, at) -> (bytes, what was written there last)
+        self.cached: dict[str, ev.Span] = {}  # what the hybrid device was told to keep, where it lies there
         self.flying: list[Flying] = []
         self.drafts: dict[tuple[int, str], ev.Span] = {}
         self.asked: dict[tuple[int, int], tuple[str, tuple[str, ...], float]] = {}
         self.leases: dict[tuple[int, int], dict[str, ev.Span]] = {}
 
-    @initialize(count=st.integers(0, 7))
-    def recover(self, count: int) -> None:
-        """A restart: some blocks are on disk and nowhere else."""
-        found = tuple(ev.Found(item, at * 16, 8, 1000 + at, at + 1) for at, item in enumerate(ITEMS[:count]))
-        for block in found:
-            copy = ev.Copy(0, block.item, block.size_bytes, 0, block.at, block.checksum, block.generation)
-            self.disk[block.item], self.slots[block.at] = copy, (block.size_bytes, copy)
-        assert self.feed(ev.Recovered(found)) == []
+    @initialize(count=st.integers(0, 7), written=st.integers(0, 7))
+    def begin(self, count: int, written: int) -> None:
+        """After a restart some blocks are on disk and nowhere else; others were written since, more than host holds."""
+        if self.settings.disk_bytes:
+            found = tuple(ev.Found(item, at * 16, 8, 1000 + at, at + 1) for at, item in enumerate(ITEMS[:count]))
+            for block in found:
+                copy = ev.Copy(0, block.item, block.size_bytes, 0, block.at, block.checksum, block.generation)
+                self.disk[block.item], self.slots["disk", block.at] = copy, (block.size_bytes, copy.item)
+            assert self.feed(ev.Recovered(found)) == []
+        for item in ITEMS[::-1][:written]:
+            self.prepare(1, [item], 8)
+            self.finish(1, durable=False)
+            while self.flying:
+                self.end(self.flying[:1])
 
     # the shell: what move.py and server.py do ------------------------------------------------------------------
 
@@ -92,21 +110,38 @@ class Memory(RuleBasedStateMachine):
                         assert item in failed or item in self.disk, f"{item} is not durable"
             case ev.Refuse():
                 raise AssertionError(f"nothing here breaks the rules: {command}")
-            case ev.Load(copies):
+            case ev.Load(copies, src):
                 for copy in copies:
-                    source = self.disk[copy.item]
-                    assert (copy.src_at, copy.checksum) == (source.dst_at, source.checksum)
+                    assert self.slots[src, copy.src_at] == (copy.size_bytes, copy.item)
+                    assert src != "disk" or self.disk[copy.item].checksum == copy.checksum
                     self.write_arena(copy.dst_at, copy.size_bytes, copy.item, "flying")
-                    self.flying.append(Flying(copy, load=True))
-            case ev.Save(copies):
+                    self.flying.append(Flying(copy, src, "host"))
+            case ev.Save(copies, src, dst):
                 for copy in copies:
-                    assert self.arena[copy.src_at] == (copy.size_bytes, copy.item, "here")
-                    self.no_one_at_disk(copy.dst_at, copy.size_bytes)
-                    self.slots[copy.dst_at] = (copy.size_bytes, copy)
-                    self.flying.append(Flying(copy, load=False))
+                    if src == "host":
+                        assert self.arena[copy.src_at] == (copy.size_bytes, copy.item, "here")
+                    else:
+                        assert self.slots[src, copy.src_at] == (copy.size_bytes, copy.item)
+                    self.no_one_at(dst, copy.dst_at, copy.size_bytes)
+                    self.slots[dst, copy.dst_at] = (copy.size_bytes, copy.item)
+                    self.flying.append(Flying(copy, src, dst))
             case ev.Erase(items):
                 for item in items:
                     self.disk.pop(item, None)
+            case ev.Prefetch(copies, pin):
+                assert pin
+                for copy in copies:
+                    assert self.slots["hybrid", copy.src_at] == (copy.size_bytes, copy.item)
+                    assert copy.item not in self.cached
+                    self.flying.append(Flying(copy, "hybrid", "cache"))
+                    self.cached[copy.item] = ev.Span(copy.src_at, copy.size_bytes)
+                taken = sum(-(-span.size_bytes // 16) * 16 for span in self.cached.values())
+                assert taken <= 32, "more is to be pinned than the device can keep"
+            case ev.Unpin(spans):
+                for span in spans:
+                    (item,) = (item for item, kept in self.cached.items() if kept == span)
+                    assert not any(f.dst == "cache" and f.copy.item == item for f in self.flying), "still coming"
+                    del self.cached[item]
             case ev.Wake(at_s):
                 assert at_s > self.now
                 self.wake_s = at_s
@@ -116,20 +151,31 @@ class Memory(RuleBasedStateMachine):
         held = [(span, "lease") for spans in self.leases.values() for span in spans.values()]
         held += [(span, "draft") for span in self.drafts.values()]
         for f in self.flying:
-            held.append((ev.Span(f.copy.dst_at if f.load else f.copy.src_at, f.copy.size_bytes), "copy"))
+            held += [(ev.Span(at, f.copy.size_bytes), "copy") for tier, at in f.ends() if tier == "host"]
         for span, what in held:
             assert at + size_bytes <= span.at or span.at + span.size_bytes <= at, f"{item} overwrites a {what}"
         room_bytes = -(-size_bytes // 8) * 8
         self.arena = {a: entry for a, entry in self.arena.items() if a + entry[0] <= at or at + room_bytes <= a}
         self.arena[at] = (size_bytes, item, state)
 
-    def no_one_at_disk(self, at: int, size_bytes: int) -> None:
+    def no_one_at(self, tier: str, at: int, size_bytes: int) -> None:
+        """A slot is written now: nothing reads or writes it, nothing durable or pinned lies there."""
+        head = 8 if tier == "disk" else 0
+        end = at + size_bytes + head
         for f in self.flying:
-            other = f.copy.src_at if f.load else f.copy.dst_at
-            assert at + size_bytes + 8 <= other or other + f.copy.size_bytes + 8 <= at, "a slot in use is written"
-        for copy in self.disk.values():
-            apart = at + size_bytes + 8 <= copy.dst_at or copy.dst_at + copy.size_bytes + 8 <= at
-            assert apart, f"{copy.item} is durable and is overwritten without Erase"
+            for other, begin in f.ends():
+                apart = other != tier or end <= begin or begin + f.copy.size_bytes + head <= at
+                assert apart, "a slot in use is written"
+        held = [(copy.item, copy.dst_at, copy.size_bytes) for copy in self.disk.values()]
+        if tier == "hybrid":
+            held = [(item, span.at, span.size_bytes) for item, span in self.cached.items()]
+            blocks = self.policy.residency.blocks.values()
+            here = [block for block in blocks if block.state["hybrid"] is At.HERE]
+            held += [(block.item, block.at["hybrid"], block.size_bytes) for block in here]
+        for item, begin, length in held:
+            assert end <= begin or begin + length + head <= at, f"{item} lies there and is overwritten"
+        taken = {(t, a): entry for (t, a), entry in self.slots.items() if t != tier or a + entry[0] <= at or end <= a}
+        self.slots = taken
 
     def ask(self, kind: str, client: int, items: tuple[str, ...], by_s: float = 0.0) -> int:
         self.request += 1
@@ -149,6 +195,9 @@ class Memory(RuleBasedStateMachine):
     @rule(data=st.data(), durable=st.booleans())
     def complete(self, data: st.DataObject, durable: bool) -> None:
         client, _ = data.draw(st.sampled_from(sorted(self.drafts)))
+        self.finish(client, durable)
+
+    def finish(self, client: int, durable: bool) -> None:
         items = tuple(item for c, item in self.drafts if c == client)
         for item in items:
             span = self.drafts.pop((client, item))
@@ -199,14 +248,29 @@ class Memory(RuleBasedStateMachine):
         self.feed(ev.Remembered(path, tuple(chain)))
 
     @rule(
-        item=st.sampled_from([*"abcd", *ITEMS[:3]]),
-        ahead_s=st.sampled_from([-1.0, 0.2, 2.0, 9.0]),
+        item=st.sampled_from([*"abcd", *ITEMS[:3], *ITEMS[-4:]]),
+        ahead_s=st.sampled_from([-1.0, 0.2, 2.0, 9.0, 30.0, 31.0]),
         saved_s=st.sampled_from([-1.0, 0.1, 5.0]),
     )
     def want(self, item: str, ahead_s: float, saved_s: float) -> None:
         self.feed(ev.Wanted(Want(item, "host", self.now + ahead_s, saved_s)))
 
-    @rule(item=st.sampled_from([*"abcd", *ITEMS[:3]]))
+    @precondition(lambda self: self.below_host())
+    @rule(data=st.data(), ahead_s=st.sampled_from([0.5, 4.0, 30.0]))
+    def want_what_lies_below(self, data: st.DataObject, ahead_s: float) -> None:
+        item = data.draw(st.sampled_from(self.below_host()))
+        self.feed(ev.Wanted(Want(item, "host", self.now + ahead_s, 5.0)))
+
+    @precondition(lambda self: self.below_host())
+    @rule(data=st.data(), client=CLIENTS, wait_s=st.sampled_from([0.5, 4.0]))
+    def lease_what_lies_below(self, data: st.DataObject, client: int, wait_s: float) -> None:
+        self.lease(client, [data.draw(st.sampled_from(self.below_host()))], wait_s)
+
+    def below_host(self) -> list[str]:
+        blocks = self.policy.residency.blocks.values()
+        return [b.item for b in blocks if b.state["host"] is At.ABSENT and self.policy.residency.published(b.item)]
+
+    @rule(item=st.sampled_from([*"abcd", *ITEMS[:3], *ITEMS[-4:]]))
     def withdraw(self, item: str) -> None:
         self.feed(ev.Withdrawn(item))
 
@@ -220,15 +284,19 @@ class Memory(RuleBasedStateMachine):
     @rule(data=st.data())
     def copy_ends(self, data: st.DataObject) -> None:
         done = data.draw(st.lists(st.sampled_from(range(len(self.flying))), min_size=1, max_size=3, unique=True))
-        ended = [self.flying[index] for index in done]
+        self.end([self.flying[index] for index in done])
+
+    def end(self, ended: list[Flying]) -> None:
         self.flying = [f for f in self.flying if f not in ended]
         for f in ended:
-            if f.load:
-                assert self.slots[f.copy.src_at][1].checksum == f.copy.checksum, "the slot was reused under a read"
+            if f.src == "host":
+                assert self.arena[f.copy.src_at] == (f.copy.size_bytes, f.copy.item, "here")
+            else:
+                assert self.slots[f.src, f.copy.src_at][1] == f.copy.item, "the slot was reused under a read"
+            if f.dst == "host":
                 assert self.arena[f.copy.dst_at] == (f.copy.size_bytes, f.copy.item, "flying")
                 self.arena[f.copy.dst_at] = (f.copy.size_bytes, f.copy.item, "here")
-            else:
-                assert self.arena[f.copy.src_at] == (f.copy.size_bytes, f.copy.item, "here")
+            elif f.dst == "disk":
                 self.disk[f.copy.item] = f.copy
         self.feed(ev.Copied(tuple(f.copy.number for f in ended)))
 
@@ -236,11 +304,16 @@ class Memory(RuleBasedStateMachine):
     @rule(data=st.data(), reason=st.sampled_from(["checksum", "stale", "EIO", "ENOSPC"]))
     def copy_fails(self, data: st.DataObject, reason: str) -> None:
         failed = self.flying.pop(data.draw(st.sampled_from(range(len(self.flying)))))
-        if failed.load:
+        block = self.policy.residency.blocks[failed.copy.item]
+        if failed.dst == "host":
             del self.arena[failed.copy.dst_at]
+        elif failed.dst == "cache":
+            del self.cached[failed.copy.item]  # the device keeps nothing of what it could not fetch
         self.feed(ev.CopyFailed(failed.copy.number, reason))
-        if failed.load:  # law 1: what was found damaged is not read again
-            assert not self.policy.residency.published(failed.copy.item)
+        if failed.dst == "host":  # law 1: what was found damaged is not read again
+            assert block.state[failed.src] is not At.HERE
+            others = [place for place, state in block.state.items() if state is At.HERE]
+            assert self.policy.residency.published(failed.copy.item) == bool(others)
 
     @rule(step_s=st.sampled_from([0.1, 1.0, 5.0]))
     def time_passes(self, step_s: float) -> None:
@@ -260,16 +333,34 @@ class Memory(RuleBasedStateMachine):
     @invariant()
     def debts_are_open_only_while_saves_are_due(self) -> None:
         waiting = [kind for kind, _, _ in self.asked.values() if kind in ("durable", "flush")]
-        if waiting and not any(not f.load for f in self.flying):
+        if waiting and not any(f.dst == "disk" for f in self.flying):
             assert self.wake_s is not None, "someone waits for the disk, and nothing moves"
 
     @invariant()
     def everything_read_is_held(self) -> None:
         for block in self.policy.residency.blocks.values():
-            pins = sum(block.item in lease.pinned for lease in self.policy.demands.leases.values())
-            saves = sum(not f.load and f.copy.item == block.item for f in self.flying)
-            loads = sum(f.load and f.copy.item == block.item for f in self.flying)
-            assert block.holds == {"host": pins + saves, "disk": loads}
+            holds = dict.fromkeys(self.policy.residency.places, 0)
+            holds["host"] += sum(block.item in lease.pinned for lease in self.policy.demands.leases.values())
+            for f in self.flying:
+                if f.copy.item == block.item:
+                    holds[f.src] += 1
+            if "cache" in holds:  # a load from the device's cache holds it there, a load past it in the tier
+                assert block.holds["cache"] + block.holds["hybrid"] == holds["hybrid"]
+                holds |= {place: block.holds[place] for place in ("cache", "hybrid")}
+            assert block.holds == holds
+
+    @invariant()
+    def the_device_keeps_what_the_books_say(self) -> None:
+        blocks = self.policy.residency.blocks.values()
+        booked = {b.item for b in blocks if b.state.get("cache", At.ABSENT) is not At.ABSENT}
+        assert booked == set(self.cached)
+
+    @invariant()
+    def only_wanted_blocks_stay_in_the_devices_cache(self) -> None:
+        for item in self.cached:
+            block = self.policy.residency.blocks[item]
+            if block.state["cache"] is At.HERE and not block.holds["cache"]:
+                assert item in self.policy.paths.told and block.state["hybrid"] is At.HERE
 
     @invariant()
     def leases_are_in_place(self) -> None:
@@ -280,7 +371,7 @@ class Memory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Law 10: the same events give the same commands, byte for byte; and in the end nothing is held."""
-        again = Policy(msgspec.json.decode(msgspec.json.encode(SETTINGS), type=Settings))
+        again = Policy(msgspec.json.decode(msgspec.json.encode(self.settings), type=Settings))
         decode = msgspec.json.Decoder(ev.Event).decode
         for now, event, commands in self.journal:
             assert msgspec.json.encode(again.handle(decode(event), now)) == commands
@@ -292,7 +383,15 @@ class Memory(RuleBasedStateMachine):
             assert not block.joins and At.DRAFT not in block.state.values()
 
 
-Memory.TestCase.settings = hypothesis_settings(
-    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
-)
-TestMemory = Memory.TestCase
+def machine(tiers: Settings, examples: int) -> Any:
+    """The same laws over other tiers."""
+    test: Any = type("Memory", (Memory,), {"settings": tiers}).TestCase
+    test.settings = hypothesis_settings(
+        max_examples=examples, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    )
+    return test
+
+
+TestHostAndDisk = machine(DISK, 100)
+TestHostAndHybrid = machine(HYBRID, 200)
+TestHostHybridAndDisk = machine(BOTH, 200)

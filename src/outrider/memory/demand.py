@@ -13,6 +13,7 @@ class Lease:
 
     waiting  blocks on their way to host, or still without room there
     pinned   blocks in host that this lease holds
+    lay      where each block lay when it was asked for: host, hybrid, disk
     """
 
     client: int
@@ -21,6 +22,7 @@ class Lease:
     by_s: float
     pinned: dict[str, None] = field(default_factory=dict)
     waiting: dict[str, None] = field(default_factory=dict)
+    lay: dict[str, str] = field(default_factory=dict)
     granted: bool = False
 
     @property
@@ -31,10 +33,13 @@ class Lease:
         """The answer: every pinned block's span in the host arena, None for the others."""
         self.granted = True
         spans: list[Span | None] = []
+        lay: dict[str, int] = {}
         for item in self.items:
             block = residency.blocks[item] if item in self.pinned else None
             spans.append(Span(block.at["host"], block.size_bytes) if block else None)
-        return Grant(self.client, self.request, tuple(spans))
+            if block:
+                lay[self.lay[item]] = lay.get(self.lay[item], 0) + 1
+        return Grant(self.client, self.request, tuple(spans), lay)
 
 
 @dataclass(slots=True)

@@ -12,21 +12,25 @@ Wanted      server, a client's `want`           a few a request; replaces the wa
 Withdrawn   server, a client's `withdraw`       once a path whose workflow ended
 Flushed     server, a client's `flush`          seldom; Acknowledge when all that was published is durable
 Left        server, end of a connection         once a client, whatever ended it
-Copied      move, copies that ended well        once a batch of a Load or Save
-CopyFailed  move, a copy that did not           once a copy: checksum, stale, short, or an errno's name
+Copied      move, copies that ended well        once a batch of a Load, Save or Prefetch
+CopyFailed  move, a copy that did not           once a copy: checksum, stale, short, budget, or an errno's name
 Woke        server, a timer that Wake set       once a Wake that was not replaced by a later one
 
 command      carried out by move (answers: by the server)
-Grant        answer to Leased: where each block lies in the host arena, None where there is none
+Grant        answer to Leased: where each block lies in the host arena, None where there is none. `lay` counts those
+             there are by tier, as they lay when they were asked for: summed over a journal, the hits by tier
 Offer        answer to Prepared: where to write each block, None where nothing is to be written
 Acknowledge  answer to Completed, Abandoned, Flushed; `failed` names blocks that could not be made durable
 Refuse       answer to a request that breaks the rules; `request` 0: the client is cut off
-Load         disk -> host, verified on arrival
-Save         host -> disk: data, barrier, index record, barrier
-Erase        forget these blocks in the disk tier's index
+Load         `src` -> host, verified on arrival; `src` is a tier below host: hybrid, disk
+Save         `src` -> `dst`, a tier below it. To disk: data, barrier, index record, barrier. From hybrid: verified first
+Erase        these blocks leave `place`, a tier below host: the disk forgets them in its index
+Prefetch     hybrid -> the hybrid device's own cache, ahead of a Load; pinned there until Unpin where `pin` says so
+Unpin        these bytes of the hybrid tier need not stay in the device's cache
 Wake         send Woke at `at_s`; replaces the Wake before
 
-Blocks are named by their key in hex (`item`), clients by a number, requests by the client's own number.
+Each copy of a Load, Save or Prefetch ends once, in Copied or CopyFailed. Blocks are named by their key in hex (`item`),
+clients by a number, requests by the client's own number.
 """
 
 import msgspec
@@ -123,14 +127,17 @@ Event = (
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Bytes of the host arena: [at, at + size_bytes)."""
+    """Bytes of the host arena, in Unpin of the hybrid tier: [at, at + size_bytes)."""
 
     at: int
     size_bytes: int
 
 
 class Copy(msgspec.Struct, frozen=True):
-    """One copy of one block between the tiers; `number` is what its ending is reported under."""
+    """One copy of one block between the tiers; `number` is what its ending is reported under.
+
+    Of a Prefetch, `src_at` is the block's place in the hybrid tier; `dst_at` only counts bytes of the device's cache.
+    """
 
     number: int
     item: str
@@ -145,6 +152,7 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     client: int
     request: int
     spans: tuple[Span | None, ...]
+    lay: dict[str, int] = {}
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
@@ -167,18 +175,31 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     copies: tuple[Copy, ...]
+    src: str = "disk"
 
 
 class Save(msgspec.Struct, frozen=True, tag=True):
     copies: tuple[Copy, ...]
+    src: str = "host"
+    dst: str = "disk"
 
 
 class Erase(msgspec.Struct, frozen=True, tag=True):
     items: tuple[str, ...]
+    place: str = "disk"
+
+
+class Prefetch(msgspec.Struct, frozen=True, tag=True):
+    copies: tuple[Copy, ...]
+    pin: bool
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    spans: tuple[Span, ...]
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):
     at_s: float
 
 
-Command = Grant | Offer | Acknowledge | Refuse | Load | Save | Erase | Wake
+Command = Grant | Offer | Acknowledge | Refuse | Load | Save | Erase | Prefetch | Unpin | Wake

@@ -21,6 +21,9 @@ class Flights:
         """Copies in flight to `place`."""
         return sum(move.dst == place for _, move in self._flying.values())
 
+    def any(self) -> bool:
+        return bool(self._flying)
+
     def end_s(self, block: Block, src: str, dst: str, now: float) -> float:
         """When a copy asked for now would end, after those already booked on that link."""
         link = self._residency.ledger.topology.link(src, dst)
@@ -37,7 +40,8 @@ class Flights:
         self._busy_until_s[src, dst] = move.end_s
         self._numbers += 1
         self._flying[self._numbers] = (block, move)
-        return Copy(self._numbers, block.item, block.size_bytes, block.at[src], start, block.checksum, block.generation)
+        src_at = block.at["hybrid" if src == "cache" else src]  # the cache has no addresses of its own
+        return Copy(self._numbers, block.item, block.size_bytes, src_at, start, block.checksum, block.generation)
 
     def end(self, number: int) -> tuple[Block, Move]:
         """A copy ended, well or not. LawBroken for one that is not in flight: nothing lands twice (law 4)."""

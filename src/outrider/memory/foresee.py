@@ -13,6 +13,7 @@ FLOOR_S = 1.0  # no wait counts as shorter: a block is held at least as long as 
 OVERDUE_FACTOR = 4.0  # a return that is late by d is expected in about 4 d (reference: session traces)
 UNTOLD_TRUST = 0.5  # chance that a block nobody told us about returns at all
 EARLY_FACTOR = 1.5  # start a promotion this many copy times ahead of its deadline
+SLACK_S = 2.0  # a told return may come so much early: before that a block waits nearer than it lay, but not in host
 
 
 def wait_s(by_s: float, now: float) -> float:

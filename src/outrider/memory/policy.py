@@ -10,15 +10,14 @@ from typing import Any, assert_never
 
 from outrider.memory import events as ev
 from outrider.memory.demand import Debt, Demands, Lease
-from outrider.memory.flights import OPEN_END_S, Flights
+from outrider.memory.flights import OPEN_END_S
 from outrider.memory.paths import Paths
-from outrider.memory.residency import At, Block, Residency
-from outrider.memory.room import Room
+from outrider.memory.residency import At, Residency
 from outrider.memory.settings import Settings
 from outrider.memory.tally import Tally
-from outrider.memory.told import Told
+from outrider.memory.traffic import Traffic
 
-COPIES_PER_SAVE = 64
+TIERS = ("host", "hybrid", "disk")
 
 
 class Policy:
@@ -26,26 +25,23 @@ class Policy:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.residency = Residency(settings.topology(), settings.grain_bytes, {"disk": settings.header_bytes})
+        self.residency = Residency(settings)
         self.paths = Paths(settings.paths_max, settings.paths_max)
         self.demands = Demands()
-        self.flights = Flights(self.residency)
-        self.room = Room(settings, self.residency, self.paths)
-        self.told = Told(self.residency, self.paths)
         self.tally = Tally()
-        self._dirty: dict[str, None] = {}  # published in host, to be saved, oldest first
-        self._generation = 0
-        self._save_after_s = self._wake_at_s = -OPEN_END_S
+        self.traffic = Traffic(settings, self.residency, self.paths, self.demands, self.tally)
+        self.told, self.room = self.traffic.told, self.traffic.room
+        self._wake_at_s = -OPEN_END_S
         self._out: list[ev.Command] = []
         self._now = 0.0
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take one event at time `now` [s]; return what the shell must do, in order."""
         self._out, self._now = [], now
-        self.room.begin(now)
+        self.traffic.begin(self._out, now)
         match event:
             case ev.Recovered(blocks):
-                self._recover(blocks)
+                self.traffic.recover(blocks)
             case ev.Leased():
                 self._lease(event)
             case ev.Released(client, lease):
@@ -65,21 +61,20 @@ class Policy:
             case ev.Withdrawn(item):
                 self.told.withdraw(item, now)
             case ev.Flushed(client, request):
-                self._owe(client, request, self._in_host())
+                self._owe(client, request, self._above_disk())
             case ev.Left(client):
                 self._leave(client)
             case ev.Copied(copies):
                 for number in copies:
-                    self._copied(number)
+                    self._landed(self.traffic.copied(number))
             case ev.CopyFailed(copy, reason):
-                self._copy_failed(copy, reason)
+                self._landed(self.traffic.failed(copy, reason))
             case ev.Woke():
                 self._wake_at_s = -OPEN_END_S
             case _:
                 assert_never(event)
         self._expire()
-        self._load()
-        self._save()
+        self._move()
         self._out.extend(self.demands.settled())
         self._set_timer()
         return self._out
@@ -95,7 +90,8 @@ class Policy:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and what each tier holds now; see `tally.py` for the names."""
-        return self.tally.report(self.residency, open_wants=len(self.paths.wants), dirty_blocks=len(self._dirty))
+        dirty = {item: None for queue in self.traffic.dirty.values() for item in queue}
+        return self.tally.report(self.residency, open_wants=len(self.paths.wants), dirty_blocks=len(dirty))
 
     # what clients ask for ------------------------------------------------------------------------------------------
 
@@ -110,6 +106,7 @@ class Policy:
         for item in dict.fromkeys(run):
             block = self.residency.blocks[item]
             block.lifted = False
+            lease.lay[item] = self.residency.lies(block, TIERS) or "host"
             if block.state["host"] is At.HERE:
                 block.holds["host"] += 1
                 lease.pinned[item] = None
@@ -122,20 +119,15 @@ class Policy:
             self.tally.wants_late += bool(lease.waiting)
             self.tally.wants_met += not lease.waiting
             self.told.drop(want.item, self._now)
-        self._grant_if_whole(lease)
-
-    def _grant_if_whole(self, lease: Lease) -> None:
-        if not lease.waiting:
-            self._grant(lease)
+        self._landed([lease])
 
     def _grant(self, lease: Lease) -> None:
         """Answer with what is there; what it still waits for goes on for others, or is unwanted."""
         self._stop_waiting(lease)
         answer = lease.grant(self.residency)
-        for span in answer.spans:
-            self.tally.hit_blocks += span is not None
-            self.tally.miss_blocks += span is None
-            self.tally.moved("host", "engine", span.size_bytes if span else 0)
+        given = [span.size_bytes for span in answer.spans if span is not None]
+        self.tally.granted(len(given), len(answer.spans) - len(given), answer.lay)
+        self.tally.moved("host", "engine", sum(given))
         self._out.append(answer)
 
     def _stop_waiting(self, lease: Lease) -> None:
@@ -158,7 +150,7 @@ class Policy:
         spans: list[ev.Span | None] = []
         for item in event.items:
             known = item in self.residency.blocks  # stored, or another writer was first
-            start = None if known else self._room("host", event.size_bytes)
+            start = None if known else self.traffic.find("host", event.size_bytes)
             if start is not None:
                 self.residency.draft(item, event.size_bytes, start, now=self._now)
                 self.demands.drafted(event.client, item)
@@ -187,8 +179,7 @@ class Policy:
             self.residency.turn(block, "host", "complete", self._now)
             self.demands.written(event.client, item)
             self.tally.moved("engine", "host", block.size_bytes)
-            if "disk" in self.residency.places:
-                self._dirty[item] = None
+            self.traffic.published(block)
         self.room.touch(event.items)
         self._owe(event.client, event.request, event.items if event.durable else ())
 
@@ -214,10 +205,11 @@ class Policy:
                 block.must = True
                 debt.open[item] = None
                 if block.state["disk"] is At.ABSENT:
-                    self._dirty[item] = None
+                    self.traffic.dirty["disk"][item] = None
 
-    def _in_host(self) -> list[str]:
-        return [block.item for block in self.residency.blocks.values() if block.state["host"] is At.HERE]
+    def _above_disk(self) -> list[str]:
+        blocks = self.residency.blocks.values()
+        return [block.item for block in blocks if self.residency.lies(block, ("host", "hybrid"))]
 
     def _leave(self, client: int) -> None:
         leases, drafts = self.demands.leave(client)
@@ -226,152 +218,29 @@ class Policy:
         for item in drafts:
             self.residency.leave(self.residency.blocks[item], "host", "abandon", self._now)
 
-    # what moves ----------------------------------------------------------------------------------------------------
+    # what moves, and when -------------------------------------------------------------------------------------------
 
-    def _recover(self, blocks: tuple[ev.Found, ...]) -> None:
-        newest_first = sorted(blocks, key=lambda found: -found.generation)
-        lost = [found.item for found in newest_first if self.residency.recover(found, self._now) is None]
-        self.room.touch(tuple(found.item for found in newest_first))
-        self._generation = max((found.generation for found in blocks), default=0)
-        self.tally.recovered_blocks = len(blocks) - len(lost)
-        if lost:
-            self._out.append(ev.Erase(tuple(lost)))
+    def _landed(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            if not lease.waiting:
+                self._grant(lease)
 
     def _expire(self) -> None:
         for lease in self.demands.due(self._now):
             self._grant(lease)
         self.tally.wants_expired += self.told.give_up(self.settings.patience_s, self._now)
 
-    def _load(self) -> None:
-        """Bring to host what leases wait for, then what wants can have in time and find room for."""
-        copies: list[ev.Copy] = []
-        for lease in self.demands.hungry():
-            for item in lease.waiting:
-                block = self.residency.blocks[item]
-                if block.state["host"] is At.ABSENT:
-                    start = self._room("host", block.size_bytes)
-                    if start is None:
-                        break
-                    copies.append(self._lift(block, start))
-        for want, item in self.told.queue():
-            block = self.residency.blocks[item]
-            by_s = want.by_s if want.by_s > self._now else OPEN_END_S  # overdue: better late than by the engine's lease
-            if self.flights.end_s(block, "disk", "host", self._now) > by_s:
-                continue  # would be late: asked again at the next event
-            start = self._room("host", block.size_bytes, below=self.room.worth(block, "host"))
-            if start is None:
-                break
-            block.lifted = True
-            copies.append(self._lift(block, start, by_s))
-        if copies:
-            self._out.append(ev.Load(tuple(copies)))
-        if not self.flights.bound_for("host") + self.flights.bound_for("disk") and self.demands.stuck():
+    def _move(self) -> None:
+        self.traffic.load()
+        if not self.traffic.flights.any() and self.demands.stuck():
             for lease in self.demands.hungry():  # room will not come: answer with what there is
                 self._grant(lease)
-
-    def _lift(self, block: Block, start: int, by_s: float = OPEN_END_S) -> ev.Copy:
-        self.told.missing.pop(block.item, None)
-        return self.flights.start(block, "disk", "host", start, self._now, by_s)
-
-    def _save(self) -> None:
-        """Write host blocks through to disk, one batch at a time: those that somebody waits for, then the oldest."""
-        if not self._dirty or self.flights.bound_for("disk") or self._now < self._save_after_s:
-            return
-        copies: list[ev.Copy] = []
-        batch_bytes = 0
-        for item in sorted(self._dirty, key=lambda item: not self.residency.blocks[item].must):
-            block = self.residency.blocks[item]
-            if batch_bytes >= self.settings.save_bytes or len(copies) >= COPIES_PER_SAVE:
-                break
-            del self._dirty[item]
-            below = None if block.must else self.room.worth(block, "disk")
-            start = None if block.ended and not block.must else self._room("disk", block.size_bytes, below)
-            if start is None:  # not worth a place on a full disk
-                self.tally.unsaved_blocks += 1
-                self._lost(block)
-                continue
-            self._generation += 1
-            block.generation = self._generation
-            copies.append(self.flights.start(block, "host", "disk", start, self._now))
-            batch_bytes += block.size_bytes
-        if copies:
-            self._out.append(ev.Save(tuple(copies)))
-
-    def _copied(self, number: int) -> None:
-        block, move = self.flights.end(number)
-        self.tally.moved(move.src, move.dst, block.size_bytes)
-        landed = self.residency.end(block, move, "land", self._now)
-        if move.dst == "disk":
-            block.must = False
-            self.demands.saved(block.item)
-        elif landed:
-            for lease in self._joined(block):
-                block.holds["host"] += 1
-                lease.pinned[block.item] = None
-                self._grant_if_whole(lease)
-        else:
-            self._count_waste(block)
-
-    def _copy_failed(self, number: int, reason: str) -> None:
-        block, move = self.flights.end(number)
-        self.tally.failure(reason)
-        self.residency.end(block, move, "fail", self._now)
-        if move.dst == "disk":
-            self._lost(block)
-            self._dirty[block.item] = None  # it stays in host, and is tried again after a rest
-            self._save_after_s = self._now + self.settings.retry_s
-        else:  # the disk's copy is not what was stored: nobody may read it again (law 1)
-            waiting = self._joined(block)
-            self.residency.leave(block, "disk", "evict", self._now)
-            self._left(block, "disk")
-            for lease in waiting:
-                self._grant_if_whole(lease)
-
-    def _joined(self, block: Block) -> list[Lease]:
-        """The leases that waited for this block, which now no longer do."""
-        leases = [self.demands.leases[name] for name in block.joins]
-        block.joins.clear()
-        for lease in leases:
-            del lease.waiting[block.item]
-        return leases
-
-    def _lost(self, block: Block) -> None:
-        block.must = False
-        self.demands.lost(block.item)
-
-    # room and time -------------------------------------------------------------------------------------------------
-
-    def _room(self, place: str, size_bytes: int, below: float | None = None) -> int | None:
-        start = self.room.find(place, size_bytes, below)
-        while self.room.evicted:
-            block, left = self.room.evicted.pop()
-            self.tally.evicted(left)
-            self._left(block, left)
-        return start
-
-    def _left(self, block: Block, place: str) -> None:
-        """What follows from a block having left a tier."""
-        if place == "disk":
-            self._out.append(ev.Erase((block.item,)))
-            self.told.missing.pop(block.item, None)
-            self._lost(block)
-            return
-        self._count_waste(block)
-        self._dirty.pop(block.item, None)
-        if not self.residency.published(block.item):
-            self._lost(block)
-        elif block.item in self.paths.told:
-            self.told.missing[block.item] = None
-
-    def _count_waste(self, block: Block) -> None:
-        self.tally.wasted_bytes += block.size_bytes * block.lifted
-        block.lifted = False
+        self.traffic.save()
 
     def _set_timer(self) -> None:
         """Ask for a wake-up at the next moment at which something must happen by itself."""
         moments = [lease.by_s for lease in self.demands.hungry()]
-        moments += self.told.moments(self.settings.patience_s, self.settings.disk_read)
-        moments += [self._save_after_s] * bool(self._dirty)
+        moments += self.traffic.moments()
         later = [at_s for at_s in moments if at_s > self._now]
         if later and (min(later) < self._wake_at_s or self._wake_at_s <= self._now):
             self._wake_at_s = min(later)

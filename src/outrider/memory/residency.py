@@ -12,13 +12,17 @@ A block has one copy at most in each tier. Each copy goes through this table and
                       unwanted --fail-----> absent
     absent --recover--> here                            found in the disk tier's index
                         here ---evict-----> absent      never while something reads it (`holds`)
+                        here ---condemn---> condemned   not what was stored: no new readers, gone after the last
+                   condemned ---evict-----> absent
+
+What lies in the hybrid device's own `cache` lies in `hybrid` too, and does not leave there before.
 
 Room is taken in the ledger and in the extents of the tier before anything is written there, and given back as a copy
 becomes absent: free + used = capacity after every step (law 2).
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -28,7 +32,7 @@ from outrider.errors import LawBroken
 from outrider.ledger import Ledger
 from outrider.memory.events import Found
 from outrider.memory.extents import Extents
-from outrider.topology import Topology
+from outrider.memory.settings import SOURCES, Settings
 from outrider.wants import Drop, Move
 
 STORY_LENGTH = 8
@@ -42,6 +46,7 @@ class At(StrEnum):
     COMING = "coming"
     UNWANTED = "unwanted"
     HERE = "here"
+    CONDEMNED = "condemned"
 
 
 TRANSITIONS: Mapping[tuple[At, str], At] = MappingProxyType({
@@ -57,6 +62,8 @@ TRANSITIONS: Mapping[tuple[At, str], At] = MappingProxyType({
     (At.UNWANTED, "fail"): At.ABSENT,
     (At.ABSENT, "recover"): At.HERE,
     (At.HERE, "evict"): At.ABSENT,
+    (At.HERE, "condemn"): At.CONDEMNED,
+    (At.CONDEMNED, "evict"): At.ABSENT,
 })  # fmt: skip
 
 
@@ -95,18 +102,14 @@ class Block:
 class Residency:
     """All blocks, the room that they take, and the only way to change either."""
 
-    def __init__(self, topology: Topology, grain_bytes: int, header_bytes: Mapping[str, int]) -> None:
+    def __init__(self, settings: Settings) -> None:
+        topology = settings.topology()
         self.places = tuple(place.name for place in topology.places)
         self.ledger = Ledger(topology)
         self.extents = {place.name: Extents(place.capacity_bytes) for place in topology.places}
         self.blocks: dict[str, Block] = {}
-        self._grain_bytes = grain_bytes
-        self._header_bytes = header_bytes
-
-    def room_bytes(self, place: str, size_bytes: int) -> int:
-        """What a block of `size_bytes` takes in `place`: whole grains, and a header where the tier writes one."""
-        grains = -(-size_bytes // self._grain_bytes)
-        return grains * self._grain_bytes + self._header_bytes.get(place, 0)
+        self.room_bytes = settings.room_bytes
+        self._grain_bytes = settings.grain_bytes
 
     def state(self, item: str, place: str) -> At:
         block = self.blocks.get(item)
@@ -115,12 +118,25 @@ class Residency:
     def published(self, item: str) -> bool:
         """Can it be read, from whichever tier? What is drafted or on its way is not (law 3)."""
         block = self.blocks.get(item)
-        return block is not None and At.HERE in block.state.values()
+        return block is not None and self.lies(block, self.places) is not None
+
+    def lies(self, block: Block, places: Iterable[str]) -> str | None:
+        """The first of `places` where it can be read."""
+        for place in places:
+            behind = "hybrid" if place == "cache" else place
+            if block.state.get(place) is At.HERE and block.state[behind] is At.HERE:
+                return place
+        return None
+
+    def source(self, block: Block) -> str | None:
+        """The fastest place that host can load it from."""
+        return self.lies(block, SOURCES)
 
     def evictable(self, block: Block, place: str) -> bool:
         """Not while something reads it there, nor while someone waits for it to be saved or for room to load it."""
-        awaited = block.must if place == "host" else block.joins
-        return block.state[place] is At.HERE and not block.holds[place] and not awaited
+        awaited = block.must if place == "host" else block.joins or (block.must and place == "hybrid")
+        cached = place == "hybrid" and block.state.get("cache", At.ABSENT) is not At.ABSENT
+        return block.state[place] is At.HERE and not block.holds[place] and not awaited and not cached
 
     def draft(self, item: str, size_bytes: int, start: int, now: float) -> None:
         """A client writes `item` in place at `start`, which was taken from the host's extents."""
@@ -151,7 +167,7 @@ class Residency:
         return False
 
     def leave(self, block: Block, place: str, signal: str, now: float) -> None:
-        """The copy at `place` is given up: `evict` where it is here, `abandon` where it is a draft."""
+        """The copy at `place` is given up: `evict` where it is here or condemned, `abandon` where it is a draft."""
         if block.holds[place]:
             raise LawBroken(4, f"{block.item} leaves {place} with {block.holds[place]} readers", block.tale())
         self.turn(block, place, signal, now)

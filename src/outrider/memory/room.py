@@ -5,8 +5,8 @@ from itertools import chain
 
 from outrider.memory import foresee, plan
 from outrider.memory.paths import Paths
-from outrider.memory.residency import At, Block, Residency
-from outrider.memory.settings import Settings
+from outrider.memory.residency import Block, Residency
+from outrider.memory.settings import SOURCES, Settings
 
 
 class Room:
@@ -66,6 +66,6 @@ class Room:
             return foresee.told_worth(wants, self._now)
         if block.ended:
             return 0.0
-        reloadable = place == "host" and block.state.get("disk") is At.HERE
-        rate = self._settings.disk_read if reloadable else self._settings.recompute
+        lower = self._residency.lies(block, SOURCES if place == "host" else ("disk",) if place == "hybrid" else ())
+        rate = self._settings.read_rate(lower) if lower else self._settings.recompute
         return foresee.untold_worth(1.0 / rate, self._now - block.touched_s)

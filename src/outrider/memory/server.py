@@ -319,7 +319,7 @@ class Server:
         self._selector.close()
         self.mover.close()
         os.close(self._stop_fd)
-        self._close_tiers()
+        self.arena.close()
 
     def _close_tiers(self) -> None:
         if self.disk is not None:

@@ -1,15 +1,17 @@
 """What memory counts, and under which names `Store.stats` reports it. Pure; owned by `policy.py`.
 
 hit_blocks, miss_blocks      blocks of leases that were granted, and that were not
-moved_bytes                  by way: "engine->host" saved, "host->engine" leased, "host->disk", "disk->host"
-evictions                    copies that left a tier to make room
-checksum_failures            disk copies that were not what was stored: dropped, never served
-disk_failures                other failures, by reason: ENOSPC, EIO, ...
-refused_blocks               blocks that found no room in host; unsaved_blocks: not worth a place on disk
+hit_blocks_by_tier           the granted ones by where they lay when they were asked for: host, hybrid, disk
+moved_bytes                  by way: "engine->host" saved, "host->engine" leased, "host->disk", "hybrid->cache", ...
+evictions                    copies that left a tier to make room; those of `cache` lie in `hybrid` still
+checksum_failures            copies that were not what was stored: dropped, never served
+disk_failures                other failures of the disk tier, by reason: ENOSPC, EIO, ...; hybrid_failures likewise
+refused_blocks               blocks that found no room in host; unsaved_blocks: not worth a place in a tier below
 wants_met, wants_late        wants whose context came back with every block in host, or not
 wants_expired, wasted_bytes  wants given up; bytes lifted for wants and never leased
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,14 @@ class Tally:
     moved_bytes: dict[str, int] = field(default_factory=dict)
     evictions: dict[str, int] = field(default_factory=dict)
     disk_failures: dict[str, int] = field(default_factory=dict)
+    hybrid_failures: dict[str, int] = field(default_factory=dict)
+    hit_blocks_by_tier: dict[str, int] = field(default_factory=dict)
+
+    def granted(self, hits: int, misses: int, lay: Mapping[str, int]) -> None:
+        self.hit_blocks += hits
+        self.miss_blocks += misses
+        for place, count in lay.items():
+            self.hit_blocks_by_tier[place] = self.hit_blocks_by_tier.get(place, 0) + count
 
     def moved(self, src: str, dst: str, size_bytes: int) -> None:
         way = f"{src}->{dst}"
@@ -43,11 +53,12 @@ class Tally:
     def evicted(self, place: str) -> None:
         self.evictions[place] = self.evictions.get(place, 0) + 1
 
-    def failure(self, reason: str) -> None:
+    def failure(self, reason: str, tier: str) -> None:
         if reason in DAMAGE:
             self.checksum_failures += 1
         else:
-            self.disk_failures[reason] = self.disk_failures.get(reason, 0) + 1
+            failures = self.hybrid_failures if tier == "hybrid" else self.disk_failures
+            failures[reason] = failures.get(reason, 0) + 1
 
     def report(self, residency: Residency, **extra: int) -> dict[str, Any]:
         """Counters, and what each tier holds now."""

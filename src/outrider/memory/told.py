@@ -1,22 +1,24 @@
 """What being told about the future does to blocks: wanted, not wanted any more, over. Pure; owned by `policy.py`.
 
-Wants are kept in `paths.py`; here they meet the blocks' states. `missing` are the wanted blocks that lie on disk only:
-what is to be lifted, as soon as there is time and room.
+Wants are kept in `paths.py`; here they meet the blocks' states. `missing` are the wanted blocks that lie below host
+only: what is to be lifted, as soon as there is time and room.
 """
 
+import math
 from collections.abc import Iterable
 
 from outrider.memory import foresee, plan
 from outrider.memory.paths import Paths
-from outrider.memory.residency import At, Residency
+from outrider.memory.residency import At, Block, Residency
+from outrider.memory.settings import Settings
 from outrider.wants import Want
 
 
 class Told:
     """Wants applied to residency."""
 
-    def __init__(self, residency: Residency, paths: Paths) -> None:
-        self._residency, self._paths = residency, paths
+    def __init__(self, settings: Settings, residency: Residency, paths: Paths) -> None:
+        self._settings, self._residency, self._paths = settings, residency, paths
         self.missing: dict[str, None] = {}
 
     def want(self, want: Want, now: float) -> None:
@@ -29,7 +31,7 @@ class Told:
         self.watch(self._paths.items(want.item), now)
 
     def watch(self, items: Iterable[str], now: float) -> None:
-        """Of these blocks' wanted ones, lift those on disk only; want again those on their way unwanted (law 4)."""
+        """Of these blocks' wanted ones, lift those below host only; want again those on their way unwanted (law 4)."""
         for item in items:
             block = self._residency.blocks.get(item)
             if block is None or item not in self._paths.told:
@@ -72,11 +74,26 @@ class Told:
         self.missing = {item: None for item in self.missing if item in self._paths.told}
         return plan.lifts([(want, at, item) for item in self.missing for want, at in self._paths.wants_of(item)])
 
-    def moments(self, overdue_s: float, bytes_per_s: float) -> list[float]:
+    def due_s(self, want: Want, block: Block) -> float:
+        """From when on a wanted block should be on its way to host.
+
+        From disk at once; what the hybrid tier holds can wait in the device's cache until its time is near.
+        """
+        source = self._residency.source(block)
+        if source is None or source == "disk":
+            return -math.inf
+        return foresee.latest_start_s(want.by_s, self._copy_s(block)) - foresee.SLACK_S
+
+    def moments(self) -> list[float]:
         """When wants must be looked at by themselves: latest starts and deadlines of lifts, ends of patience."""
-        moments = [want.by_s + overdue_s for want in self._paths.wants.values()]
+        moments = [want.by_s + self._settings.patience_s for want in self._paths.wants.values()]
         for item in self.missing:
-            copy_s = len(self.missing) * self._residency.blocks[item].size_bytes / bytes_per_s
+            block = self._residency.blocks[item]
             for want, _ in self._paths.wants_of(item):
-                moments += [foresee.latest_start_s(want.by_s, copy_s), want.by_s]
+                moments += [self.due_s(want, block), foresee.latest_start_s(want.by_s, self._copy_s(block)), want.by_s]
         return moments
+
+    def _copy_s(self, block: Block) -> float:
+        """Seconds for all that is missing, were it like this block."""
+        rate = self._settings.read_rate(self._residency.source(block) or "disk")
+        return len(self.missing) * block.size_bytes / rate

@@ -17,18 +17,13 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-import xxhash
-
 from outrider.errors import CallerError
 from outrider.memory.events import Copy, Found
 from outrider.memory.tiers.index import RECORD_BYTES, STORED, Index, pack, sync_directory, unpack
 from outrider.memory.tiers.spec import show_bytes
+from outrider.memory.tiers.tier import Damaged, verify
 
 HEADER_BYTES = 4096
-
-
-class Damaged(Exception):
-    """A slot does not hold what was stored; the reason is `checksum`, `stale` or `short`."""
 
 
 class Disk:
@@ -80,6 +75,10 @@ class Disk:
         os.ftruncate(self._fd, capacity_bytes)
         sync_directory(self.directory)
 
+    @property
+    def where(self) -> str:
+        return str(self.directory)
+
     def found(self) -> tuple[Found, ...]:
         """Blocks that the index holds, oldest first; their data are verified when they are read."""
         return tuple(self.index.live.values())
@@ -104,8 +103,7 @@ class Disk:
             raise Damaged("short")
         if unpack(page[:RECORD_BYTES]) != (STORED, _found(copy, at=copy.src_at)):
             raise Damaged("stale")
-        if xxhash.xxh3_64_intdigest(padded[: copy.size_bytes]) != copy.checksum:
-            raise Damaged("checksum")
+        verify(copy, padded)
 
     def erase(self, items: Iterable[str]) -> None:
         self.index.erase(items)
