@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import msgspec
 
 from outrider.agents.events import Call as Asked
-from outrider.agents.events import Usage
+from outrider.agents.events import Link, Usage
+from outrider.agents.prompt import PIECE
 from outrider.lab.traces.blocks import Ids, Piece, PrefixTree, answered
 from outrider.lab.traces.draft import Draft
 from outrider.lab.traces.order import Answered, Frontier, gap_s
@@ -79,9 +80,9 @@ class _Seen:
         return self.asked.chain[-1].digest if self.asked.chain else ""
 
     @property
-    def rank(self) -> tuple[int, str, str, str, int]:
+    def rank(self) -> tuple[int, int, str, str, str]:
         """What it asks: equal for the same call of another run."""
-        return len(self.asked.chain), self.tip, self.asked.identity.role, self.asked.identity.stage, self.asked.chars
+        return len(self.asked.chain), self.asked.chars, self.tip, self.asked.identity.role, self.asked.identity.stage
 
 
 def read(source: Source, limit: int | None) -> Draft:
@@ -135,7 +136,7 @@ def _flows(kept: Sequence[_Seen]) -> dict[str, list[_Seen]]:
             name = f"{tenant}/{name}" if tenant else name
         else:
             known = (nameless.get((tenant, link.digest)) for link in reversed(call.asked.chain))
-            name = next(filter(None, known), f"{tenant}/nameless-{call.rank[0]}-{call.tip}".lstrip("/"))
+            name = next(filter(None, known), f"{tenant}/nameless-{call.tip or call.asked.id}".lstrip("/"))
             nameless[tenant, call.tip] = name
         flows.setdefault(name, []).append(call)
     return flows
@@ -201,11 +202,23 @@ def _lay(kept: Iterable[_Seen], tree: PrefixTree) -> None:
     """Block ids of every prompt, shortest first, so that equal loads get equal ids."""
     for call in sorted(kept, key=lambda call: (call.rank, call.usage.prompt_tokens if call.usage else 0)):
         assert call.usage is not None
-        pieces: list[Piece] = [(link.digest, link.chars) for link in call.asked.chain]
-        unchained = call.asked.chars - sum(link.chars for link in call.asked.chain)
-        if unchained > 0:  # the gateway chains only the beginning of a very long prompt
-            pieces.append((call.asked.id, unchained))
-        call.prompt = tree.lay(pieces, call.usage.prompt_tokens)
+        call.prompt = tree.lay(_pieces(call.asked), call.usage.prompt_tokens)
+
+
+def _pieces(asked: Asked) -> Iterable[Piece]:
+    """The chain's links. A link inside a long message is cut in half, and its first half taken to be the same whatever
+    it says: prompts that have all before it in common part somewhere in it, in its middle for want of knowing better.
+    """
+    before: Link | None = None
+    for link in asked.chain:
+        half = link.chars // 2 if before is not None and before.chars == PIECE else 0
+        if half and before is not None:
+            yield (before.digest, "first half of what follows"), half
+        yield link.digest, link.chars - half
+        before = link
+    unchained = asked.chars - sum(link.chars for link in asked.chain)
+    if unchained > 0:  # the gateway chains only the beginning of a very long prompt
+        yield asked.id, unchained
 
 
 def _workflow(name: str, calls: Sequence[_Seen], ids: Ids) -> Workflow:
@@ -244,6 +257,7 @@ def _notes(seen: Sequence[_Seen], kept: Sequence[_Seen]) -> Iterable[str]:
         "else for every answered call that nothing had followed; think and tool time is the rest"
     )
     yield (
-        f"blocks of {BLOCK_TOKENS} tokens are shared as far as whole pieces of prompts are equal (a message, or 1,024 "
-        "characters of a long one): a shared beginning that ends inside a piece is not seen"
+        f"blocks of {BLOCK_TOKENS} tokens are shared as far as whole pieces of prompts are equal: a message, or "
+        f"{PIECE:,} characters of a long one; prompts that part inside a long message are taken to part in the "
+        "middle of a piece"
     )
