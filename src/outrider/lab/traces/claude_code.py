@@ -9,7 +9,6 @@ launched it. One without a duration was launched in the background: its `t` is t
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from math import inf
 from typing import Annotated
 
 import msgspec
@@ -152,7 +151,7 @@ def _calls(session: Session, ids: Ids) -> tuple[Call, ...]:
             begun_s = start_s + turn.request.t
             made.add(turn, begun_s, own.before(begun_s) or before, own)
         if item.duration_ms is not None:
-            for last in own.before(inf):
+            for last in own.last():
                 frontier.enter(last.call, last.end_s, [answer.call for answer in before])
     return tuple(made.calls)
 

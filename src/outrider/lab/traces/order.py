@@ -40,6 +40,10 @@ class Frontier:
         self._open = {call: answered for call, answered in self._open.items() if answered.followed_s > limit_s}
         return tuple(answered for answered in self._open.values() if answered.end_s <= limit_s)
 
+    def last(self) -> tuple[Answered, ...]:
+        """What no call followed: the ends of all that entered."""
+        return tuple(answered for answered in self._open.values() if answered.followed_s == inf)
+
     def enter(self, call: str, end_s: float, parents: Iterable[str]) -> None:
         """A call that waited for `parents` and was answered at end_s."""
         for parent in parents:
