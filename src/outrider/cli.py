@@ -45,6 +45,13 @@ JournalDir = Annotated[
     Path | None, typer.Option("--journal", help="Existing directory to write this policy's journal into.")
 ]
 
+ReportFile = Annotated[
+    Path,
+    typer.Option(
+        "--report", help="Write the HTML page to this file, and a trace for Perfetto beside it; none: neither."
+    ),
+]
+
 
 class Order(StrEnum):
     """How the gateway orders waiting calls."""
@@ -197,11 +204,109 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option(help="Existing directory for journals and logs; default: deleted at the end.")
     ] = None,
+    report: ReportFile = Path("outrider-report.html"),
 ) -> None:
     """The main job: a multi-agent code review, live, without and with Outrider; then one RL step on 2 ranks."""
     from outrider.lab.demo import run
 
-    run.run(run.Options(repo=repo, quick=quick, json=json, keep=keep))
+    run.run(run.Options(repo=repo, quick=quick, json=json, keep=keep, report=_wanted(report)))
+
+
+@app.command(epilog="Example:  outrider report kept/outrider-1a2b3c4d")
+def report(
+    run: Annotated[Path, typer.Argument(help="The directory of one run, which demo or simulate left below --keep.")],
+    report: ReportFile = Path("outrider-report.html"),
+) -> None:
+    """Draw the report and the trace of a kept run once more."""
+    from outrider.lab import report as reports
+
+    told = reports.kept(run)
+    if (path := _wanted(report)) is not None:
+        reports.check(path)
+        reports.write(path, told)
+        Console().print(f"Report: {path}, trace: {reports.trace_path(path)}", soft_wrap=True, highlight=False)
+
+
+def _wanted(report: Path) -> Path | None:
+    return None if report == Path("none") else report
+
+
+@app.command(
+    epilog="Example:  outrider simulate conversation_trace.jsonl.xz --engines 8 --tiers host=64GiB,disk=1TiB --compare"
+)
+def simulate(
+    trace: Annotated[
+        Path,
+        typer.Argument(help="claude-code, chatdev, tau2, mooncake or azure trace, plain or .xz; or an agents.jsonl."),
+    ],
+    policy: Annotated[
+        Order, typer.Option(help="fcfs, or srtf: least predicted remaining workflow first.")
+    ] = Order.srtf,
+    routing: Annotated[
+        Routing, typer.Option(help="sticky: by workflow; residency: by cached prefix and load.")
+    ] = Routing.residency,
+    tiers: Annotated[
+        str, typer.Option(help="Memory's tiers and sizes, as for `outrider memory serve`; none: no memory server.")
+    ] = "none",
+    engines: Annotated[
+        int | None, typer.Option(help="Number of engines. Default: 2, or as many as the journal had.", min=1)
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(help="KV cache of each engine, tokens. Default: the profile's, or the journal's.", min=1),
+    ] = None,
+    credit: Annotated[
+        int | None,
+        typer.Option(help="Calls in flight per engine. Default: its batch's seats, or the journal's.", min=1),
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="A modelled engine by name; an unknown name lists those there are.")
+    ] = "smollm2-cpu",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="agents.jsonl of a live run: engines as fast as those were. Batch and bytes: profile."),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of the trace; default: recognised by its content.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many workflows.", min=1)] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Workflows per second. Default: the trace's own, or 1 a minute where it has none."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Draws arrivals that a trace does not have. Same seed, same bytes out.")
+    ] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the same calls under fcfs, sticky, no memory beside it.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, nothing else.")] = False,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Existing directory for the journals, which `outrider replay` and the report read."),
+    ] = None,
+) -> None:
+    """What a cluster would do with a trace: the policies that run live, modelled engines and links, a virtual clock."""
+    from outrider.lab.simulate import run
+
+    run.run(
+        run.Options(
+            trace=trace,
+            policy=policy.value,
+            routing=routing.value,
+            tiers=tiers,
+            engines=engines,
+            kv_tokens=kv_tokens,
+            credit=credit,
+            profile=profile,
+            calibrate=calibrate,
+            format=format,
+            limit=limit,
+            rate=rate,
+            seed=seed,
+            compare=compare,
+            json=json,
+            keep=keep,
+        )
+    )
 
 
 def _version(show: bool) -> None:

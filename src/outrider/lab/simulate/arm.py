@@ -1,7 +1,7 @@
 """One simulated arm: the twins, modelled engines and links put together, and a workload played against them.
 
-Conservation is checked while it runs: the twins raise LawBroken as soon as a call ends twice or a token, block or byte is
-lost; `play` closes with what can only be known at the end.
+Conservation is checked while it runs: the twins raise LawBroken as soon as a call ends twice or a token, block or byte
+is lost; `play` closes with what can only be known at the end.
 """
 
 from collections.abc import Callable
@@ -102,9 +102,8 @@ def page_blocks(workload: Workload, profile: Profile, memory: MemorySettings) ->
 def _engines(clock: Clock, workload: Workload, fleet: Fleet) -> dict[str, Engine]:
     profile, block_tokens = fleet.profile, workload.block_tokens
     if fleet.kv_tokens < 2 * block_tokens:
-        raise CallerError(
-            f"--kv-tokens {fleet.kv_tokens}: this trace has blocks of {block_tokens} tokens, a cache needs two. Raise it."
-        )
+        why = f"this trace has blocks of {block_tokens} tokens, and a cache needs two"
+        raise CallerError(f"--kv-tokens {fleet.kv_tokens}: {why}. Raise it.")
     ids = 1 + max((first + count for call in workload.calls for first, count in call.chain), default=0)
     return {
         f"http://engine-{number}": Engine(

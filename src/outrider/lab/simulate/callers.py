@@ -1,7 +1,7 @@
-"""Plays a workload's clients on the virtual clock: each call goes out when its parents are answered and its time has come.
+"""Plays a workload's clients on the virtual clock: a call goes out once its parents are answered and its time has come.
 
-As a careful client would: a call that is refused for now is sent again, under a name of its own, after the time that the
-gateway asks for, ATTEMPTS times at most. What is never answered ends its workflow there, and is counted.
+As a careful client would: a call that is refused for now is sent again, under a name of its own, after the time that
+the gateway asks for, ATTEMPTS times at most. What is never answered ends its workflow there, and is counted.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ between host and engine. Memory's blocks may be larger than the engine's: a page
 last.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -86,6 +87,9 @@ class MemoryHook:
         def granted(answer: Answer) -> None:
             assert isinstance(answer, ev.Grant), answer
             good = next((n for n, span in enumerate(answer.spans) if span is None), len(items))
+            lay = Counter(place for place, span in zip(lies, answer.spans, strict=True) if span)
+            if lay != answer.lay:
+                raise LawBroken(2, f"request {job.id}: blocks lay {dict(lay)}, memory granted them from {answer.lay}")
             moved_bytes = sum(span.size_bytes for span in answer.spans[:good] if span)
             self.to_engine.send(moved_bytes, partial(copied, good))
 

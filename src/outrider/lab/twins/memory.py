@@ -1,6 +1,6 @@
 """The twin of `memory/move.py` and of the server's door: the same policy, modelled links, the virtual clock.
 
-    an engine's hook -> Leased, Prepared, ... -> [policy] -> Grant, Offer to the hook; Load, Save over a link -> Copied
+    an engine's hook -> Leased, Prepared, ... -> [policy] -> Grant, Offer to the hook; Load, Save over links -> Copied
 
 Decides nothing and holds no bytes: a block is its key. What the disk tier's index would hold is `disk`, so that a twin
 can be restarted on what another one left. Laws 2 and 4 are checked by the policy; the ledger after every event here,
@@ -20,11 +20,10 @@ from outrider.memory.move import LOADS_PER_REPORT
 from outrider.memory.policy import Policy
 from outrider.memory.residency import At
 from outrider.memory.settings import Settings
+from outrider.memory.traffic import tier_of
 from outrider.wants import Want
 
 FULL_CHECK_EVERY = 2000  # events between two passes over every block
-LOAD: Way = ("disk", "host")
-SAVE: Way = ("host", "disk")
 
 Answer = ev.Grant | ev.Offer | ev.Acknowledge | ev.Refuse
 
@@ -44,10 +43,11 @@ class MemoryTwin:
         self.clock = clock
         self.lanes = {(link.src, link.dst): Lane(link, clock) for link in settings.topology().links} | dict(lanes or {})
         self.disk: dict[str, ev.Found] = {} if disk is None else disk
-        self.damaged: dict[str, str] = {}  # blocks whose bytes on disk are not what was stored, and how that shows
+        self.damaged: dict[tuple[str, str], str] = {}  # (tier, block) that is not what was stored, and how that shows
         self.events = 0
         self._journal = journal
         self._answers: dict[tuple[int, int], Callable[[Answer], object]] = {}
+        self._cached: dict[int, None] = {}  # offsets in the hybrid tier that its device has in its own cache
         self._timer: Timer | None = None
         self._copied_bytes: dict[Way, int] = dict.fromkeys(self.lanes, 0)
         if "disk" in self.policy.residency.places:
@@ -101,16 +101,21 @@ class MemoryTwin:
                 answer = self._answers.pop((client, request), None)
                 if answer is not None:  # request 0 and releases are not answered: the live server cuts the client off
                     answer(command)
-            case ev.Load(copies):
+            case ev.Load(copies, src):
                 for start in range(0, len(copies), LOADS_PER_REPORT):
-                    self._load(copies[start : start + LOADS_PER_REPORT])
-            case ev.Save(copies):
-                for copy in copies:
-                    self.disk[copy.item] = _found(copy, copy.dst_at)
-                self._send(SAVE, copies)
+                    self._load(copies[start : start + LOADS_PER_REPORT], src)
+            case ev.Save(copies, src, dst):
+                self._save(copies, src, dst)
             case ev.Erase(items):
                 for item in items:
                     self.disk.pop(item, None)
+            case ev.Prefetch(copies):
+                for copy in copies:
+                    self._cached[copy.src_at] = None
+                    self._send(("hybrid", "cache"), (copy,))
+            case ev.Unpin(spans):
+                for span in spans:
+                    self._cached.pop(span.at, None)
             case ev.Wake(at_s):
                 if self._timer is not None:
                     self._timer.cancel()
@@ -118,20 +123,30 @@ class MemoryTwin:
             case _:
                 assert_never(command)
 
-    def _load(self, copies: tuple[ev.Copy, ...]) -> None:
+    def _load(self, copies: tuple[ev.Copy, ...], src: str) -> None:
         """As a reading thread does it: what is damaged is reported by itself, the rest as one."""
+        good = self._sound(copies, src)
+        hits = src == "hybrid" and all(copy.src_at in self._cached for copy in good)
+        self._send(("cache" if hits else src, "host"), good)
+
+    def _save(self, copies: tuple[ev.Copy, ...], src: str, dst: str) -> None:
+        good = self._sound(copies, src)
+        if dst == "disk":
+            for copy in good:
+                self.disk[copy.item] = _found(copy, copy.dst_at)
+        self._send((src, dst), good)
+
+    def _sound(self, copies: tuple[ev.Copy, ...], src: str) -> tuple[ev.Copy, ...]:
+        """Those that can be read where they lie; of the others, an event each."""
         good = []
         for copy in copies:
-            if self.disk.get(copy.item) != _found(copy, copy.src_at):
-                self._fail(copy, "stale")
-            elif copy.item in self.damaged:
-                self._fail(copy, self.damaged[copy.item])
+            stale = src == "disk" and self.disk.get(copy.item) != _found(copy, copy.src_at)
+            why_not = "stale" if stale else self.damaged.get((src, copy.item), "")
+            if why_not:
+                self.clock.at(self.clock.now, partial(self.feed, ev.CopyFailed(copy.number, why_not)))
             else:
                 good.append(copy)
-        self._send(LOAD, tuple(good))
-
-    def _fail(self, copy: ev.Copy, reason: str) -> None:
-        self.clock.at(self.clock.now, partial(self.feed, ev.CopyFailed(copy.number, reason)))
+        return tuple(good)
 
     def _send(self, way: Way, copies: tuple[ev.Copy, ...]) -> None:
         if copies:
@@ -146,12 +161,18 @@ class MemoryTwin:
         self.policy.residency.check()
         if self._answers:
             raise LawBroken(8, f"{len(self._answers)} requests were never answered, {next(iter(self._answers))} first")
-        counted = self.policy.tally.moved_bytes
-        for way, moved_bytes in self._copied_bytes.items():
-            said = counted.get("->".join(way), 0)
-            if not moved_bytes == self.lanes[way].moved_bytes == said:
-                went = f"the link moved {self.lanes[way].moved_bytes}, memory counted {said}"
-                raise LawBroken(2, f"{way[0]} to {way[1]}: copies of {moved_bytes} bytes, {went}")
+        moved: dict[str, int] = {}
+        for way, copied_bytes in self._copied_bytes.items():
+            if copied_bytes != self.lanes[way].moved_bytes:
+                raise LawBroken(
+                    2, f"{way}: copies of {copied_bytes} bytes, the link moved {self.lanes[way].moved_bytes}"
+                )
+            name = f"{tier_of(way[0])}->{way[1]}"
+            moved[name] = moved.get(name, 0) + copied_bytes
+        for name, moved_bytes in moved.items():
+            counted = self.policy.tally.moved_bytes.get(name, 0)
+            if counted != moved_bytes:
+                raise LawBroken(2, f"{name}: links moved {moved_bytes} bytes, memory counted {counted}")
         if self._journal is not None:
             self._journal.close()
 

@@ -32,6 +32,7 @@ class Profile(msgspec.Struct, frozen=True):
     name: str
     speed: Speed
     provenance: str
+    kv_tokens: int  # what one such engine's cache holds, where the caller names nothing else
     kv_bytes_per_token: int
     max_batch_tokens: int
     max_num_seqs: int

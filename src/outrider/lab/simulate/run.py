@@ -1,0 +1,160 @@
+"""`outrider simulate`: read a trace, play it against the real policies on the virtual clock, say what it would cost.
+
+Everything on stdout follows from the trace, the options and the seed; progress and the time that it took go to stderr.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import outrider
+from outrider import journal
+from outrider.agents.settings import GatewaySettings
+from outrider.errors import CallerError
+from outrider.lab import traces
+from outrider.lab.simulate import arm, calibrate, predict, profiles, table
+from outrider.lab.traces.workload import Workload
+from outrider.lab.twins.speed import Profile
+from outrider.memory.settings import Settings as MemorySettings
+from outrider.memory.tiers.disk import HEADER_BYTES
+from outrider.memory.tiers.spec import parse_tiers
+
+ENGINES = 2
+ASKED, COMPARED = "outrider", "baseline"  # names of the arms, and of their folders below --keep
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for. None: see `--help` for what is taken instead."""
+
+    trace: Path
+    policy: Literal["fcfs", "srtf"] = "srtf"
+    routing: Literal["sticky", "residency"] = "residency"
+    tiers: str = "none"
+    engines: int | None = None
+    kv_tokens: int | None = None
+    credit: int | None = None
+    profile: str = profiles.DEFAULT
+    calibrate: Path | None = None
+    format: str | None = None
+    limit: int | None = None
+    rate: float | None = None
+    seed: int = 0
+    compare: bool = False
+    json: bool = False
+    keep: Path | None = None
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Simulate and print; returns what `--json` writes. CallerError for a trace or option that cannot serve."""
+    if options.keep is not None and not options.keep.is_dir():
+        raise CallerError(f"--keep {options.keep}: no such directory. Make it first, or name another.")
+    began_s = time.monotonic()
+    workload = traces.read(options.trace, options.format, options.seed, options.limit, options.rate)
+    fit = calibrate.calibrate(options.calibrate, profiles.named(options.profile)) if options.calibrate else None
+    fleet = _fleet(options, workload, fit.profile if fit else profiles.named(options.profile))
+    result = _about(options, workload, fleet, fit)
+    baseline = replace(fleet, policy="fcfs", routing="sticky", memory=None)
+    arms = {COMPARED: baseline, ASKED: fleet} if options.compare else {ASKED: fleet}
+    found = {name: _arm(name, workload, which, options) for name, which in arms.items()}
+    result |= found[ASKED] | ({COMPARED: found[COMPARED]} if options.compare else {})
+    if workload.format == "outrider":
+        result |= predict.against(options.trace, found[ASKED])
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    else:
+        table.show(Console(), result)
+    Console(stderr=True).print(f"Simulated in {time.monotonic() - began_s:.1f} s.", style="dim")
+    return result
+
+
+def _fleet(options: Options, workload: Workload, profile: Profile) -> arm.Fleet:
+    """Sizes as asked for; of a live run's journal, those of that run; else the profile's."""
+    engines, kv_tokens, credit = ENGINES, profile.kv_tokens, profile.max_num_seqs
+    if workload.format == "outrider":
+        _, said = calibrate.observe(options.trace)
+        live = msgspec.json.decode(journal.read(options.trace)[0].settings, type=GatewaySettings)
+        engines, kv_tokens, credit = len(live.engines), said or kv_tokens, live.credit
+    return arm.Fleet(
+        profile,
+        options.engines or engines,
+        options.kv_tokens or kv_tokens,
+        options.credit or credit,
+        options.policy,
+        options.routing,
+        _memory(options.tiers),
+    )
+
+
+def _memory(tiers: str) -> MemorySettings | None:
+    if tiers == "none":
+        return None
+    found = parse_tiers(tiers, default_path=Path("simulated"))
+    return MemorySettings(found.host_bytes, found.disk_bytes, header_bytes=HEADER_BYTES)
+
+
+def _about(options: Options, workload: Workload, fleet: arm.Fleet, fit: calibrate.Fit | None) -> dict[str, Any]:
+    """What was simulated, and on which assumptions."""
+    notes = list(workload.notes)
+    if fleet.memory is not None and (blocks := arm.page_blocks(workload, fleet.profile, fleet.memory)) > 1:
+        notes.append(
+            f"memory's blocks hold {blocks * workload.block_tokens} tokens, {blocks} of the engine's, "
+            "so that the run takes minutes"
+        )
+    profile = fleet.profile
+    engine: dict[str, Any] = {
+        "profile": profile.name,
+        "provenance": profile.provenance,
+        "speed": msgspec.to_builtins(profile.speed),
+        "max_batch_tokens": profile.max_batch_tokens,
+        "max_num_seqs": profile.max_num_seqs,
+        "block_tokens": workload.block_tokens,
+        "kv_tokens": fleet.kv_tokens,
+        "kv_bytes_per_token": profile.kv_bytes_per_token,
+    }
+    if fit is not None:
+        engine["fit"] = {"calls": fit.calls, "error_s": fit.error_s, "typical_s": fit.typical_s}
+    return {
+        "simulated": True,
+        "outrider": outrider.__version__,
+        "seed": options.seed,
+        "trace": {"source": workload.source, "format": workload.format, "notes": notes},
+        "policy": fleet.policy,
+        "routing": fleet.routing,
+        "tiers": options.tiers,
+        "credit": fleet.credit,
+        "engine": engine,
+        "plainly": [
+            f"Simulated: no model ran. Each of {fleet.engines} engines is a model of one, {profile.provenance}.",
+            "The policies are the very objects that run live; links are as fast as memory's settings believe.",
+            *notes,
+        ],
+    }
+
+
+def _arm(name: str, workload: Workload, fleet: arm.Fleet, options: Options) -> dict[str, Any]:
+    directory = options.keep / name if options.keep else None
+    if directory is not None:
+        directory.mkdir(exist_ok=True)
+    total = sum(len(workflow.calls) for workflow in workload.workflows)
+    with _bar(f"{name}: calls", total, options.json) as step:
+        return arm.play(workload, fleet, directory, step)
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, silent: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar on a terminal's stderr; nothing anywhere else."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
