@@ -18,6 +18,7 @@ class DemoRun:
     """What `outrider demo --quick` printed, wrote and left behind."""
 
     figures: dict[str, Any]
+    report: Path
     printed: str
     directory: Path
     wall_s: float
@@ -26,10 +27,10 @@ class DemoRun:
 @pytest.fixture(scope="session")
 def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     keep = tmp_path_factory.mktemp("demo")
-    target = keep / "demo.json"
+    target, report = keep / "demo.json", keep / "demo-report.html"
     began_s = time.monotonic()
     done = subprocess.run(
-        [*OUTRIDER, "demo", "--quick", "--json", str(target), "--keep", str(keep)],
+        [*OUTRIDER, "demo", "--quick", "--json", str(target), "--keep", str(keep), "--report", str(report)],
         capture_output=True,
         text=True,
         timeout=230,
@@ -37,4 +38,4 @@ def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     (directory,) = (path for path in keep.iterdir() if path.is_dir())
-    return DemoRun(json.loads(target.read_text()), done.stdout, directory, time.monotonic() - began_s)
+    return DemoRun(json.loads(target.read_text()), report, done.stdout, directory, time.monotonic() - began_s)

@@ -22,6 +22,7 @@ from outrider import journal, memory
 from outrider.lab.demo import caller
 from outrider.lab.demo.workload import Workflow
 from outrider.lab.processes import Child, Children, await_http, await_path, free_port
+from outrider.lab.report.totals import prompt_tokens_from
 
 ENDINGS = ("Settle", "Reject", "Relay", "Break", "Abort")  # the gateway's terminal commands, one a call
 START_S = 120.0  # an engine loads its weights, and the first one converts them
@@ -119,8 +120,10 @@ def play(
         with contextlib.closing(memory.connect(arm.socket, timeout_s=10, name="demo")) as store:
             stats = store.stats()
         moved = stats["moved_bytes"]
+    figures = _figures(record, workflows)
     return {
-        **_figures(record, workflows),
+        **figures,
+        "prompt_tokens_from": _sources(figures, stats.get("hit_blocks_by_tier", {})),
         **_ledger_of_calls(arm.journal),
         "preemptions": sum(
             _preemptions(url) for url, engine in zip(arm.engine_urls, arm.engines, strict=True) if engine.running
@@ -200,6 +203,11 @@ def _figures(record: caller.Record, workflows: list[Workflow]) -> dict[str, Any]
         "wall_s": record.wall_s,
         "open_context_tokens_peak": record.open_tokens_peak,
     }
+
+
+def _sources(figures: dict[str, Any], hit_blocks: dict[str, int]) -> dict[str, int]:
+    prompt, reused = figures["prompt_tokens"], figures["prompt_tokens_reused"]
+    return prompt_tokens_from(prompt, reused, figures["prompt_tokens_from_memory"], hit_blocks)
 
 
 def _kv(gateway: dict[str, Any]) -> dict[str, int]:

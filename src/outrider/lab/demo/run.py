@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import outrider
 from outrider.errors import CallerError
+from outrider.lab import report
 from outrider.lab.demo import arms, table, training, workload
 
 FULL = arms.Fleet(model="smollm2", kv_tokens=1792, tiers="host=512MiB,disk=4GiB")
@@ -29,12 +30,13 @@ ARMS = ("baseline", "outrider")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for. `keep` and the parent of `json` must exist."""
+    """What the command line asked for. `keep` and the parents of `json` and `report` must exist; None: not wanted."""
 
     repo: Path | None = None
     quick: bool = False
     json: Path | None = None
     keep: Path | None = None
+    report: Path | None = None
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -52,20 +54,26 @@ def run(options: Options) -> dict[str, Any]:
         soft_wrap=True,
     )
     began_s = time.monotonic()
-    with run_directory(options.keep) as run_dir, _bars(out) as bars:
-        result: dict[str, Any] = {}
-        for name in ARMS:
-            result[name] = _arm(name, fleet, run_dir, workflows, bars)
-        experts = bars.add_task("experts: rollouts", total=training.STEPS)
-        result["experts"] = training.run(
-            run_dir, roots, options.quick, lambda what: bars.update(experts, advance=1, description=what)
-        )
-    result["outrider"]["same_answers"] = _same(result)
-    result["machine"] = _machine(fleet, shape, roots, time.monotonic() - began_s)
-    table.show(out, result, sample=[f"{agent.name}/0" for agent in workflows[0].agents])
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-        out.print(f"Figures: {options.json}", soft_wrap=True)
+    with run_directory(options.keep) as run_dir:
+        with _bars(out) as bars:
+            result: dict[str, Any] = {}
+            for name in ARMS:
+                result[name] = _arm(name, fleet, run_dir, workflows, bars)
+            experts = bars.add_task("experts: rollouts", total=training.STEPS)
+            result["experts"] = training.run(
+                run_dir, roots, options.quick, lambda what: bars.update(experts, advance=1, description=what)
+            )
+        result["outrider"]["same_answers"] = _same(result)
+        result["machine"] = _machine(fleet, shape, roots, time.monotonic() - began_s)
+        table.show(out, result, sample=[f"{agent.name}/0" for agent in workflows[0].agents])
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            out.print(f"Figures: {options.json}", soft_wrap=True)
+        told = _told(result, run_dir)
+        report.keep(run_dir, told)
+        if options.report:
+            report.write(options.report, told)
+            out.print(f"Report: {options.report}, trace: {report.trace_path(options.report)}", soft_wrap=True)
     return result
 
 
@@ -78,6 +86,8 @@ def _check(options: Options) -> None:
             options.json.open("a").close()
         except OSError as error:
             raise CallerError(f"--json {options.json}: {error.strerror}. Name a file that can be written.") from error
+    if options.report:
+        report.check(options.report)
 
 
 @contextlib.contextmanager
@@ -107,6 +117,21 @@ def _arm(
     with arms.running(name, fleet, run_dir) as arm:
         bars.update(bar, description=f"{name}: calls")
         return arms.play(arm, fleet.model, workflows, lambda answer: bars.update(bar, advance=1))
+
+
+def _told(result: dict[str, Any], run_dir: Path) -> report.Run:
+    """What the report is made of."""
+    machine, baseline = result["machine"], result["baseline"]
+    return report.Run(
+        title=f"A code review by {baseline['workflows']} agent workflows of {baseline['calls']} calls, "
+        f"on {machine['engines']} engines with {machine['kv_tokens']:,} KV tokens each ({machine['model']})",
+        simulated=False,
+        arms=[report.Arm(name, run_dir / name, result[name]) for name in ARMS],
+        experts=result["experts"],
+        experts_directory=run_dir / "experts",
+        plainly=machine["plainly"],
+        figures=result,
+    )
 
 
 def _same(result: dict[str, Any]) -> int:

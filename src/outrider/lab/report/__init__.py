@@ -1,14 +1,16 @@
 """The report of a run: one HTML page that needs nothing else, and a trace for Perfetto. Called by demo and simulate."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 from outrider.errors import CallerError
-from outrider.lab.report import page
+from outrider.lab.report import page, trace
+from outrider.lab.report.kept import keep, kept
 from outrider.lab.report.run import Arm, Run, read
 
-__all__ = ["Arm", "Run", "check", "trace_path", "write"]
+__all__ = ["Arm", "Run", "check", "keep", "kept", "trace_path", "write"]
 
 
 def trace_path(path: Path) -> Path:
@@ -19,8 +21,9 @@ def trace_path(path: Path) -> Path:
 def check(path: Path) -> None:
     """CallerError where the report could not be written later; leaves nothing behind."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(21, os.strerror(21))
+        for target in (path, trace_path(path)):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -32,14 +35,15 @@ def check(path: Path) -> None:
 def write(path: Path, run: Run) -> None:
     """Write the page to `path` and the trace beside it; what was there is replaced whole, or not at all."""
     journals = read(run)
-    replace(path, page.render(run, journals))
+    replace(path, page.render(run, journals).encode())
+    replace(trace_path(path), trace.trace(run, journals))
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: bytes) -> None:
     """No reader ever sees half a file."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(text)
+        draft.write_bytes(content)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ HEADLINES = (  # title, key, form: the first thing that is read
 FORMS: Mapping[Callable[[float], str], str] = MappingProxyType(
     {table.seconds: "seconds", table.count: "count", table.mib: "mib"}
 )
-FROM_MEMORY = ("host", "hybrid", "disk", "memory")  # fastest first; "memory": from which tier is not known
+FROM_MEMORY = ("host", "cache", "hybrid", "disk", "memory")  # fastest first; "memory": from which tier is not known
 LAYERS = 8  # drawn of a model that has more
 CELLS = 32  # a side of the grid that many points share
 
@@ -69,7 +69,7 @@ class Held:
     arm: Arm
     tiers: list[tuple[str, str, Strip]]
     ways: list[tuple[str, str, Strip]]
-    differs: str
+    stops: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def sections(run: Run, journals: Journals, numbers: Numbers) -> dict[str, Any]:
         "stories": [story for one in served for story in one.rows.stories],
         "ticks": draw.ticks(longest_s, 6, "s"),
         "read": lambda arm: _read(run, arm),
+        "tokens": lambda arm: _tokens_key(run, arm, numbers),
         "sources": [(arm, _segments(arm, run, numbers)) for arm in run.arms],
         "source_names": _source_names(run, numbers),
         "held": [_held(run, arm, journals, x) for arm in run.arms if arm.name in journals.memory],
@@ -175,23 +176,28 @@ def _served(run: Run, calls: dict[str, Calls], x: Scale) -> list[Served]:
     return served
 
 
+def _tokens_key(run: Run, arm: Arm, numbers: Numbers) -> str:
+    """Where one arm's prompt tokens by source lie: in the figures, else as the journals tell them."""
+    key = _key(arm, "prompt_tokens_from")
+    return key if numbers.at(key) else f"{_read(run, arm)}.tokens"
+
+
 def _source_names(run: Run, numbers: Numbers) -> list[str]:
     """Every source that any arm had, computed first, then from near to far."""
-    seen = {name for arm in run.arms for name in numbers.at(f"{_read(run, arm)}.tokens") or ()}
+    seen = {name for arm in run.arms for name in numbers.at(_tokens_key(run, arm, numbers))}
     return [name for name in (COMPUTED, ENGINE, *FROM_MEMORY) if name in seen]
 
 
 def _segments(arm: Arm, run: Run, numbers: Numbers) -> list[Segment]:
     """One arm's bar, on the scale of the longest."""
-    totals = [sum(numbers.at(f"{_read(run, other)}.tokens").values()) for other in run.arms]
+    totals = [sum(numbers.at(_tokens_key(run, other, numbers)).values()) for other in run.arms]
     x = Scale(max(totals) or 1)
     segments: list[Segment] = []
-    begin = 0
-    tokens = numbers.at(f"{_read(run, arm)}.tokens")
+    begin, key = 0, _tokens_key(run, arm, numbers)
     for name in _source_names(run, numbers):
-        count = tokens.get(name, 0)
+        count = numbers.at(key).get(name, 0)
         if count:
-            segments.append(Segment(name, f"{_read(run, arm)}.tokens.{name}", x(begin), x(count)))
+            segments.append(Segment(name, f"{key}.{name}", x(begin), x(count)))
         begin += count
     return segments
 
@@ -205,7 +211,7 @@ def _held(run: Run, arm: Arm, journals: Journals, x: Scale) -> Held:
     ]
     ways = list(memory.samples[-1].moved_bytes) if memory.samples else []
     moved = [(way, f"{key}.moved_bytes.{way}", strips.moved(memory, way, zero_s, ends_s, x, table.mib)) for way in ways]
-    return Held(arm, tiers, moved, memory.differs)
+    return Held(arm, tiers, moved, memory.stops)
 
 
 def _load_top(before: Loads | None, after: Loads | None) -> float:

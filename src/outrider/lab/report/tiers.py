@@ -4,7 +4,9 @@ The recorded events go once more through the policy object, so its books are tho
 what the server's `stats` said. Pure but for reading the file. Called by `run.py` and `trace.py`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import msgspec
 from outrider import journal
 from outrider.memory import events as ev
 from outrider.memory.policy import Policy
-from outrider.memory.residency import At
 from outrider.memory.settings import Settings
+
+LINES = 4000  # replayed at most: a policy whose host is full needs about half a millisecond for each
 
 
 @dataclass(slots=True)
@@ -50,7 +53,7 @@ class Memory:
     wanted: list[tuple[float, str]] = field(default_factory=list)
     hit_blocks: dict[str, int] = field(default_factory=dict)  # by where they lay when they were asked for
     stats: dict[str, Any] = field(default_factory=dict)
-    differs: str = ""  # where this version decides otherwise than the run did: what follows is not told
+    stops: str = ""  # why the last sample is not the end of the run; "" where it is
 
 
 def read(path: Path) -> Memory:
@@ -62,11 +65,31 @@ def read(path: Path) -> Memory:
         watches.append(_Watch(memory, Policy(msgspec.json.decode(settings, type=Settings))))
         return watches[0]
 
-    _, difference = journal.replay(path, ev.Event, fresh)
+    _, lines = journal.read(path)
+    _, difference = journal.replay(path, ev.Event, fresh, (_granted(memory, line) for line in islice(lines, LINES)))
     if difference is not None:
-        memory.differs = f"line {difference.line} of {path.name}"
+        memory.stops = f"From line {difference.line} of {path.name} on this version of Outrider decides otherwise."
+    for line in lines:  # too many to replay; where the blocks lay that were found is told by the commands alone
+        _granted(memory, line)
+        memory.stops = memory.stops or f"The first {LINES:,} events of {path.name} are drawn."
     memory.stats = watches[0].policy.stats()
     return memory
+
+
+class _Said(msgspec.Struct):
+    """A command, as far as hits by tier are told by it."""
+
+    type: str
+    lay: dict[str, int] = {}
+
+
+def _granted(memory: Memory, line: journal.Line) -> journal.Line:
+    """Count where the blocks lay that a lease was given."""
+    if b'"lay":{"' in bytes(line.commands):
+        for command in msgspec.json.decode(line.commands, type=list[_Said]):
+            for place, count in command.lay.items():
+                memory.hit_blocks[place] = memory.hit_blocks.get(place, 0) + count
+    return line
 
 
 class _Watch:
@@ -76,7 +99,6 @@ class _Watch:
         self.memory, self.policy = memory, policy
         places = policy.residency.places
         memory.capacity_bytes = {place: policy.residency.ledger.capacity_bytes(place) for place in places}
-        memory.hit_blocks = dict.fromkeys(places, 0)
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         self._before(event, now)
@@ -86,9 +108,6 @@ class _Watch:
 
     def _before(self, event: ev.Event, now: float) -> None:
         match event:
-            case ev.Leased(items=items):
-                for item in items[: self.policy.lookup(items)]:
-                    self.memory.hit_blocks[self._lies(item)] += 1
             case ev.Remembered(path, items):
                 self.memory.paths[path] = items
             case ev.Wanted(want):
@@ -101,18 +120,22 @@ class _Watch:
             case _:
                 pass  # the books say the rest
 
-    def _lies(self, item: str) -> str:
-        """The fastest tier that has a published copy."""
-        residency = self.policy.residency
-        return next(place for place in residency.places if residency.state(item, place) is At.HERE)
-
     def _after(self, commands: list[ev.Command], now: float) -> None:
         for command in commands:
-            if isinstance(command, ev.Load | ev.Save):
-                way = "disk->host" if isinstance(command, ev.Load) else "host->disk"
-                for copy in command.copies:
-                    self.memory.flights[copy.number] = Flight(copy.number, copy.item, way, copy.size_bytes, now)
+            match command:
+                case ev.Load(copies, src):
+                    self._fly(copies, f"{src}->host", now)
+                case ev.Save(copies, src, dst):
+                    self._fly(copies, f"{src}->{dst}", now)
+                case ev.Prefetch(copies):
+                    self._fly(copies, "hybrid->cache", now)
+                case _:
+                    pass
         books = Sample(now, dict(self.policy.residency.ledger.used_bytes), dict(self.policy.tally.moved_bytes))
         last = self.memory.samples[-1] if self.memory.samples else None
         if last is None or (last.used_bytes, last.moved_bytes) != (books.used_bytes, books.moved_bytes):
             self.memory.samples.append(books)
+
+    def _fly(self, copies: Iterable[ev.Copy], way: str, now: float) -> None:
+        for copy in copies:
+            self.memory.flights[copy.number] = Flight(copy.number, copy.item, way, copy.size_bytes, now)

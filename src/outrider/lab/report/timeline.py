@@ -4,6 +4,7 @@ Called by `page.py`. A picture stays readable at any size: few workflows show ev
 row each; of very many every n-th is drawn, and the page says so. What stands below the rows counts all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +70,24 @@ def timeline(calls: Calls, x: Scale) -> Timeline:
     y = 0
     for name, flow in flows[::every]:
         top = y + NAME if named else y
-        lanes = _lanes(flow, calls.ended_s) if named else [0] * len(flow)
+        spans = [(story.arrived_s, story.until_s(calls.ended_s)) for story in flow]
+        lanes = laid_out(spans) if named else [0] * len(flow)
         bars = []
         for story, lane in zip(flow, lanes, strict=True):
-            bars.append(Bar(len(stories), top + lane * LANE, _pieces(story, calls, x), story.end != "Settle"))
+            bars.append(Bar(len(stories), top + lane * LANE, _drawn(story, calls, x), story.end != "Settle"))
             stories.append(told(story, calls))
         ended_s = max(story.until_s(calls.ended_s) for story in flow)
         rows.append(Row(name, y, x(ended_s - calls.began_s), ended_s - flow[0].arrived_s, bars))
         y = top + LANE * (max(lanes, default=0) + 1) + GAP if named else y + ROW
     return Timeline(rows, y, every, len(flows), named, stories)
+
+
+def _drawn(story: Story, calls: Calls, x: Scale) -> list[Piece]:
+    zero_s = calls.began_s
+    return [
+        Piece(kind, x(begin_s - zero_s), x.width(begin_s - zero_s, until_s - zero_s))
+        for kind, begin_s, until_s in pieces(story, calls.ended_s)
+    ]
 
 
 def _every(flows: list[tuple[str, list[Story]]]) -> int:
@@ -88,34 +98,29 @@ def _every(flows: list[tuple[str, list[Story]]]) -> int:
     return every
 
 
-def _lanes(flow: list[Story], end_s: float) -> list[int]:
-    """The first lane that is free when a call arrives: calls that overlap lie below each other."""
+def laid_out(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """The first lane that is free for each span, in order of their begin: what overlaps lies in different lanes."""
     free_at_s: list[float] = []
     lanes = []
-    for story in flow:
-        lane = next((i for i, free_s in enumerate(free_at_s) if free_s <= story.arrived_s), len(free_at_s))
-        free_at_s[lane : lane + 1] = [story.until_s(end_s)]
+    for begin_s, end_s in spans:
+        lane = next((i for i, free_s in enumerate(free_at_s) if free_s <= begin_s), len(free_at_s))
+        free_at_s[lane : lane + 1] = [end_s]
         lanes.append(lane)
     return lanes
 
 
-def _pieces(story: Story, calls: Calls, x: Scale) -> list[Piece]:
-    """In order of time, without holes from arrival to end."""
-    end_s = story.until_s(calls.ended_s)
+def pieces(story: Story, end_s: float) -> list[tuple[str, float, float]]:
+    """(kind, begin, end) in order of time, without holes from arrival to the end, which is `end_s` for an open call."""
+    until_s = story.until_s(end_s)
     marks: list[tuple[str, float, float]] = []
     free_s = story.arrived_s
     for attempt in story.attempts:
-        over_s = end_s if attempt.ended_s is None else attempt.ended_s
+        over_s = until_s if attempt.ended_s is None else attempt.ended_s
         first_s = over_s if attempt.first_byte_s is None else attempt.first_byte_s
         marks += [("queue", free_s, attempt.began_s), ("first", attempt.began_s, first_s), ("stream", first_s, over_s)]
         free_s = over_s
-    marks.append(("queue", free_s, end_s))
-    zero_s = calls.began_s
-    return [
-        Piece(kind, x(begin_s - zero_s), x.width(begin_s - zero_s, until_s - zero_s))
-        for kind, begin_s, until_s in marks
-        if until_s > begin_s
-    ]
+    marks.append(("queue", free_s, until_s))
+    return [mark for mark in marks if mark[2] > mark[1]]
 
 
 def told(story: Story, calls: Calls) -> dict[str, Any]:

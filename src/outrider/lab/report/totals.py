@@ -13,7 +13,7 @@ from outrider.lab.report.loads import Loads
 from outrider.lab.report.run import Journals
 from outrider.lab.report.tiers import Memory
 
-COMPUTED, ENGINE = "computed", "engine cache"
+COMPUTED, ENGINE = "computed", "engine"
 
 
 def totals(journals: Journals) -> dict[str, Any]:
@@ -58,9 +58,14 @@ def by_source(stories: Sequence[Story], hit_blocks: Mapping[str, int]) -> dict[s
     hit_blocks  leased blocks by the tier in which each lay when it was asked for: what memory gave is split so
     """
     usages = [story.usage for story in stories if story.usage is not None]
-    external = sum(usage.external_tokens for usage in usages)
+    prompt = sum(usage.prompt_tokens for usage in usages)
     cached = sum(usage.cached_tokens for usage in usages)
-    sources = {COMPUTED: sum(usage.prompt_tokens for usage in usages) - cached, ENGINE: cached - external}
+    return prompt_tokens_from(prompt, cached, sum(usage.external_tokens for usage in usages), hit_blocks)
+
+
+def prompt_tokens_from(prompt: int, cached: int, external: int, hit_blocks: Mapping[str, int]) -> dict[str, int]:
+    """`prompt` tokens, of which `cached` were reused, of which `external` came from memory, by source."""
+    sources = {COMPUTED: prompt - cached, ENGINE: cached - external}
     if external or hit_blocks:
         sources |= shared_out(external, hit_blocks or {"memory": 1})
     return sources
@@ -102,7 +107,7 @@ def _tiers(memory: Memory) -> dict[str, dict[str, int]]:
             "capacity_bytes": capacity_bytes,
             "peak_bytes": max((sample.used_bytes[place] for sample in memory.samples), default=0),
             "end_bytes": memory.samples[-1].used_bytes[place] if memory.samples else 0,
-            "hit_blocks": memory.hit_blocks[place],
+            "hit_blocks": memory.hit_blocks.get(place, 0),
         }
         for place, capacity_bytes in memory.capacity_bytes.items()
     }
