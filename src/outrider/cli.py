@@ -283,6 +283,7 @@ def simulate(
         Path | None,
         typer.Option(help="Existing directory for the journals, which `outrider replay` and the report read."),
     ] = None,
+    report: ReportFile = Path("outrider-report.html"),
 ) -> None:
     """What a cluster would do with a trace: the policies that run live, modelled engines and links, a virtual clock."""
     from outrider.lab.simulate import run
@@ -305,6 +306,7 @@ def simulate(
             compare=compare,
             json=json,
             keep=keep,
+            report=_wanted(report),
         )
     )
 

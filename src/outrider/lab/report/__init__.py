@@ -8,9 +8,9 @@ from pathlib import Path
 from outrider.errors import CallerError
 from outrider.lab.report import page, trace
 from outrider.lab.report.kept import keep, kept
-from outrider.lab.report.run import Arm, Run, read
+from outrider.lab.report.run import Arm, Run, foretold, read
 
-__all__ = ["Arm", "Run", "check", "keep", "kept", "trace_path", "write"]
+__all__ = ["Arm", "Run", "check", "foretold", "keep", "kept", "trace_path", "write"]
 
 
 def trace_path(path: Path) -> Path:

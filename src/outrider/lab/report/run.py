@@ -69,5 +69,23 @@ def read(run: Run) -> Journals:
     )
 
 
+def foretold(simulated: Path, live: Path) -> dict[str, dict[str, float]]:
+    """Workflow by workflow, from the journals of two gateways: how long it took in the simulation, and in truth.
+
+    Workflows that the other journal does not name are left out.
+    """
+    predicted, actual = (_completions(calls.read(path)) for path in (simulated, live))
+    return {
+        name: {"predicted_s": took_s, "actual_s": actual[name]} for name, took_s in predicted.items() if name in actual
+    }
+
+
+def _completions(journal: calls.Calls) -> dict[str, float]:
+    return {
+        name: max(story.until_s(journal.last_s) for story in flow) - flow[0].arrived_s
+        for name, flow in journal.by_workflow().items()
+    }
+
+
 def _loads(path: Path | None) -> loads.Loads | None:
     return loads.read(path) if path and path.exists() else None

@@ -6,6 +6,7 @@ Everything on stdout follows from the trace, the options and the seed; progress 
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import outrider
 from outrider import journal
 from outrider.agents.settings import GatewaySettings
 from outrider.errors import CallerError
-from outrider.lab import traces
+from outrider.lab import report, traces
 from outrider.lab.simulate import arm, calibrate, predict, profiles, table
 from outrider.lab.traces.workload import Workload
 from outrider.lab.twins.speed import Profile
@@ -52,12 +53,15 @@ class Options:
     compare: bool = False
     json: bool = False
     keep: Path | None = None
+    report: Path | None = None
 
 
 def run(options: Options) -> dict[str, Any]:
     """Simulate and print; returns what `--json` writes. CallerError for a trace or option that cannot serve."""
     if options.keep is not None and not options.keep.is_dir():
         raise CallerError(f"--keep {options.keep}: no such directory. Make it first, or name another.")
+    if options.report:
+        report.check(options.report)
     began_s = time.monotonic()
     workload = traces.read(options.trace, options.format, options.seed, options.limit, options.rate)
     fit = calibrate.calibrate(options.calibrate, profiles.named(options.profile)) if options.calibrate else None
@@ -65,15 +69,23 @@ def run(options: Options) -> dict[str, Any]:
     result = _about(options, workload, fleet, fit)
     baseline = replace(fleet, policy="fcfs", routing="sticky", memory=None)
     arms = {COMPARED: baseline, ASKED: fleet} if options.compare else {ASKED: fleet}
-    found = {name: _arm(name, workload, which, options) for name, which in arms.items()}
-    result |= found[ASKED] | ({COMPARED: found[COMPARED]} if options.compare else {})
-    if workload.format == "outrider":
-        result |= predict.against(options.trace, found[ASKED])
-    if options.json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    else:
-        table.show(Console(), result)
-    Console(stderr=True).print(f"Simulated in {time.monotonic() - began_s:.1f} s.", style="dim")
+    with _directory(options) as directory:
+        found = {name: _arm(name, workload, which, options, directory) for name, which in arms.items()}
+        result |= found[ASKED] | ({COMPARED: found[COMPARED]} if options.compare else {})
+        if workload.format == "outrider":
+            result |= predict.against(options.trace, found[ASKED])
+        if options.json:
+            sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        else:
+            table.show(Console(), result)
+        news = Console(stderr=True, soft_wrap=True, highlight=False)
+        news.print(f"Simulated in {time.monotonic() - began_s:.1f} s.", style="dim")
+        if directory is not None:
+            told = _told(options, workload, fleet, result, directory)
+            report.keep(directory, told)
+            if options.report is not None:
+                report.write(options.report, told)
+                news.print(f"Report: {options.report}, trace: {report.trace_path(options.report)}", style="dim")
     return result
 
 
@@ -141,13 +153,42 @@ def _about(options: Options, workload: Workload, fleet: arm.Fleet, fit: calibrat
     }
 
 
-def _arm(name: str, workload: Workload, fleet: arm.Fleet, options: Options) -> dict[str, Any]:
-    directory = options.keep / name if options.keep else None
-    if directory is not None:
-        directory.mkdir(exist_ok=True)
+@contextlib.contextmanager
+def _directory(options: Options) -> Iterator[Path | None]:
+    """Where the journals go: below --keep, else somewhere until the report is written; None: nobody reads them."""
+    if options.keep is not None or options.report is None:
+        yield options.keep
+    else:
+        with tempfile.TemporaryDirectory(prefix="outrider-") as name:
+            yield Path(name)
+
+
+def _told(
+    options: Options, workload: Workload, fleet: arm.Fleet, result: dict[str, Any], directory: Path
+) -> report.Run:
+    """What the report is made of."""
+    arms = [report.Arm(ASKED, directory / ASKED, result, key="")]
+    if options.compare:
+        arms.insert(0, report.Arm(COMPARED, directory / COMPARED, result[COMPARED]))
+    live = options.trace if workload.format == "outrider" else None
+    what = f"{options.trace.name} ({workload.format}), {result['calls']:,} calls"
+    return report.Run(
+        title=f"{what} on {fleet.engines} modelled engines",
+        simulated=True,
+        arms=arms,
+        predicted=report.foretold(directory / ASKED / "agents.jsonl", live) if live else None,
+        plainly=result["plainly"],
+        figures=result,
+    )
+
+
+def _arm(name: str, workload: Workload, fleet: arm.Fleet, options: Options, directory: Path | None) -> dict[str, Any]:
+    own = directory / name if directory else None
+    if own is not None:
+        own.mkdir(exist_ok=True)
     total = sum(len(workflow.calls) for workflow in workload.workflows)
     with _bar(f"{name}: calls", total, options.json) as step:
-        return arm.play(workload, fleet, directory, step)
+        return arm.play(workload, fleet, own, step)
 
 
 @contextlib.contextmanager
