@@ -92,8 +92,9 @@ def _enter(run: _Run, line: Line, tree: PrefixTree) -> None:
 
 
 def _pieces(kind: str, text: str | None) -> list[Piece]:
-    """A message as pieces that equal messages share from their beginning."""
-    cut = [(text or "")[start : start + PIECE_CHARS] for start in range(0, len(text or ""), PIECE_CHARS)]
+    """A message as pieces that equal messages share from their beginning; at least one, to carry its tokens."""
+    said = text or ""
+    cut = [said[start : start + PIECE_CHARS] for start in range(0, max(len(said), 1), PIECE_CHARS)]
     return [((kind, piece) if n == 0 else piece, len(piece)) for n, piece in enumerate(cut)]
 
 
