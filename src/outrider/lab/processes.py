@@ -12,9 +12,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from outrider.errors import WorldError
 
@@ -63,7 +63,8 @@ class Children:
         """Start `outrider ARGUMENTS` under the interpreter that runs us."""
         return self.start(name, [sys.executable, "-m", "outrider", *arguments])
 
-    def start(self, name: str, command: Sequence[str]) -> Child:
+    def start(self, name: str, command: Sequence[str], more: Mapping[str, str] = MappingProxyType({})) -> Child:
+        """Start `command`, with `more` environment variables than ours."""
         log = self.log_dir / f"{name}.log"
         environment = {
             **os.environ,
@@ -71,6 +72,7 @@ class Children:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.log_dir / "torch"),  # torch makes one on import: it must go with us
+            **more,
         }
         with log.open("ab") as sink:
             process = subprocess.Popen(
