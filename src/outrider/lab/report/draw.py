@@ -47,6 +47,24 @@ def ticks(top: float, about: int, unit: str = "") -> list[Tick]:
     ]
 
 
+def time_ticks(top_s: float, about: int) -> list[Tick]:
+    """Ticks in seconds, minutes or hours, whichever makes the shortest numbers."""
+    unit_s, unit = next((pair for pair in ((3600.0, "h"), (60.0, "min")) if top_s >= 10 * pair[0]), (1.0, "s"))
+    return ticks(top_s / unit_s, about, unit)
+
+
+def log_ticks(top: float) -> list[Tick]:
+    """0 and the powers of ten, for values that `logged` has spread."""
+    scale = Scale(logged(top))
+    values = [0, *(10**power for power in range(int(math.log10(max(top, 1))) + 1))]
+    return [Tick(scale(logged(value)), f"{value:,}") for value in values]
+
+
+def logged(value: float) -> float:
+    """Evens out what lies orders of magnitude apart, 0 included."""
+    return math.log10(1 + value)
+
+
 def nice_step(top: float, about: int) -> float:
     """1, 2 or 5 times a power of ten, so that about `about` steps make `top`."""
     rough = top / max(1, about)

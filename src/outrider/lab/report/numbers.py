@@ -12,13 +12,14 @@ from markupsafe import Markup, escape
 from outrider.lab.demo import table
 
 FORMATS: Mapping[str, Callable[[float], str]] = MappingProxyType({
-    "seconds": table.seconds,
+    "seconds": lambda value: table.seconds(value) if value < 1000 else f"{value:,.0f} s",
     "count": table.count,
     "mib": table.mib,
     "ratio": lambda value: f"{value:.2f}",
     "load": lambda value: f"{value:.3f}",
     "percent": lambda value: f"{100 * value:.0f} %",
     "tokens": lambda value: f"{value:.1f}",
+    "error": lambda value: f"{100 * value:+.1f} %",
     "tiny": lambda value: f"{value:.1e}",
 })  # fmt: skip
 

@@ -18,10 +18,11 @@ from outrider.lab.report.strips import Strip
 from outrider.lab.report.timeline import Timeline, timeline
 from outrider.lab.report.totals import COMPUTED, ENGINE
 
-HEADLINES = (  # title, key, form: the first thing that is read
+HEADLINES = (  # title, key, form: the first thing that is read; the last ones where an earlier one is missing
     ("TTFT p50, returning turns", "returning_ttft_p50_s", "seconds"),
     ("Workflow completion, mean", "workflow_completion_mean_s", "seconds"),
     ("Prompt tokens computed", "prompt_tokens_computed", "count"),
+    ("TTFT p50", "ttft_p50_s", "seconds"),
 )
 FORMS: Mapping[Callable[[float], str], str] = MappingProxyType(
     {table.seconds: "seconds", table.count: "count", table.mib: "mib"}
@@ -29,6 +30,9 @@ FORMS: Mapping[Callable[[float], str], str] = MappingProxyType(
 FROM_MEMORY = ("host", "cache", "hybrid", "disk", "memory")  # fastest first; "memory": from which tier is not known
 LAYERS = 8  # drawn of a model that has more
 CELLS = 32  # a side of the grid that many points share
+FAR = 500.0  # a picture of predictions that reaches beyond has a log scale
+CARDS = 4
+EXPERTS = "figures.experts.max_over_mean"
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def sections(run: Run, journals: Journals, numbers: Numbers) -> dict[str, Any]:
         "key": _key,
         "served": served,
         "stories": [story for one in served for story in one.rows.stories],
-        "ticks": draw.ticks(longest_s, 6, "s"),
+        "ticks": draw.time_ticks(longest_s, 6),
         "read": lambda arm: _read(run, arm),
         "tokens": lambda arm: _tokens_key(run, arm, numbers),
         "sources": [(arm, _segments(arm, run, numbers)) for arm in run.arms],
@@ -122,6 +126,7 @@ def sections(run: Run, journals: Journals, numbers: Numbers) -> dict[str, Any]:
         "layers": _layers(journals.before, journals.after),
         "load_top": _load_top(journals.before, journals.after),
         "scatters": _scatters(run, calls),
+        "judged": _judged(numbers),
     }
 
 
@@ -135,23 +140,14 @@ def _key(arm: Arm, name: str) -> str:
 
 def _cards(run: Run, numbers: Numbers) -> list[Card]:
     cards = []
+    if numbers.at(f"{EXPERTS}_balanced") is not None:
+        cards.append(("Expert load, largest / mean rank", f"{EXPERTS}_static", f"{EXPERTS}_balanced", "load"))
     if run.arms:
         first, last = run.arms[0], run.arms[-1]
-        for title, name, form in HEADLINES:
-            cards.append((title, _key(first, name), _key(last, name), form))
-    cards.append(
-        (
-            "Expert load, largest / mean rank",
-            "figures.experts.max_over_mean_static",
-            "figures.experts.max_over_mean_balanced",
-            "load",
-        )
-    )
-    return [
-        Card(title, before, after, form, _widths(numbers.at(before), numbers.at(after)))
-        for title, before, after, form in cards
-        if numbers.at(before) is not None and numbers.at(after) is not None
-    ]
+        keyed = [(title, _key(first, name), _key(last, name), form) for title, name, form in HEADLINES]
+        told = [card for card in keyed if numbers.at(card[1]) is not None and numbers.at(card[2]) is not None]
+        cards = [*told[: CARDS - len(cards)], *cards]
+    return [Card(*card, _widths(numbers.at(card[1]), numbers.at(card[2]))) for card in cards]
 
 
 def _widths(before: float, after: float) -> tuple[float, float]:
@@ -168,7 +164,7 @@ def _served(run: Run, calls: dict[str, Calls], x: Scale) -> list[Served]:
         one = calls[arm.name]
         if one.stories:
             below = [
-                strips.in_line(one, x, max(tops)),
+                strips.in_line(one, x, max(tops)) if max(tops) else None,
                 strips.at_engines(one, x, max(busy)),
                 strips.kv_in_use(one, x),
             ]
@@ -255,6 +251,14 @@ def _span(loads: Loads | None, step: int, layer: int, y: Scale) -> tuple[float, 
     return (round(top - max(0.0, least - height) / 2, 2), round(max(height, least), 2))
 
 
+def _judged(numbers: Numbers) -> list[tuple[str, str, str]]:
+    """(title, name, form) of what a simulation foretold of a live run, and what came."""
+    titles = {name: (title.strip(), FORMS[unit]) for title, name, unit in table.ROWS} | {"wall_s": ("time", "seconds")}
+    foretold = numbers.at("figures.predicted") or {}
+    actual = numbers.at("figures.actual") or {}
+    return [(titles[name][0], name, titles[name][1]) for name in foretold if name in titles and actual.get(name)]
+
+
 def _scatters(run: Run, calls: dict[str, Calls]) -> list[Scatter]:
     """Output tokens by arm, and completion where the run was foretold."""
     scatters = []
@@ -273,24 +277,26 @@ def _scatters(run: Run, calls: dict[str, Calls]) -> list[Scatter]:
 
 
 def scatter(title: str, pairs: list[tuple[float, float]], unit: str) -> Scatter:
-    """Points that coincide become one larger dot; very many share the cells of a grid."""
+    """Points that coincide become one larger dot; very many share the cells of a grid; far apart, both axes are log."""
     top = max(max(pair) for pair in pairs) * 1.08 or 1.0
+    far = top > FAR
+    place = draw.logged if far else float
+    x = Scale(place(top))
     counted = Counter(pairs)
-    if len(counted) > 2 * CELLS**2:
-        cell = top / CELLS
-        counted = Counter(((p // cell + 0.5) * cell, (a // cell + 0.5) * cell) for p, a in pairs)
-    x = Scale(top)
+    if len(counted) > 2 * CELLS**2:  # one pair of each cell stands for all of it
+        cells: dict[tuple[int, int], tuple[float, float]] = {}
+        stands = [cells.setdefault((_cell(x(place(p))), _cell(x(place(a)))), (p, a)) for p, a in pairs]
+        counted = Counter(stands)
     dots = [
-        Dot(
-            x(p),
-            100 - x(a),
-            round(min(3 + 1.5 * (count - 1) ** 0.5, 14), 1),
-            count,
-            f"predicted {p:,.4g} {unit}, came {a:,.4g} {unit}",
-        )
-        for (p, a), count in sorted(counted.items())
+        Dot(x(place(p)), 100 - x(place(a)), _radius(n), n, f"predicted {p:,.4g} {unit}, came {a:,.4g} {unit}")
+        for (p, a), n in sorted(counted.items())
     ]
-    return Scatter(title, draw.ticks(top, 5), dots)
+    marks = draw.log_ticks(top) if far else draw.ticks(top, 5)
+    return Scatter(f"{title}, log scale" if far else title, marks, dots)
+
+
+def _cell(percent: float) -> int:
+    return int(percent * CELLS / 100)
 
 
 def _radius(count: int) -> float:

@@ -64,14 +64,14 @@ def in_flight(calls: Calls, engines: Sequence[str]) -> list[tuple[float, int]]:
 
 
 def kv_in_use(calls: Calls, x: Scale) -> Strip | None:
-    """KV tokens held in all engines together, as they said when they were probed; None where none said so."""
+    """KV tokens held in all engines together, as they said when they were probed; None where none said any."""
     said: dict[str, float] = {}
     levels: list[Level] = []
     for probe in calls.probes:
         said[probe.engine] = probe.kv_used
         levels.append((probe.now - calls.began_s, sum(said.values())))
     capacity_tokens = float(sum(calls.kv_tokens.values()))
-    if not capacity_tokens:
+    if not capacity_tokens or not any(value for _, value in levels):
         return None
     ends_s = calls.ended_s - calls.began_s
     top = f"{capacity_tokens:,.0f} tokens"
