@@ -5,7 +5,6 @@ carried out. Copies run on worker threads, READERS and one writer a tier below h
 `poke_fd`, and come back in by `drain`.
 """
 
-import errno
 import logging
 import mmap
 import os
@@ -21,7 +20,7 @@ from outrider.memory import events as ev
 from outrider.memory.policy import Policy
 from outrider.memory.tiers.arena import Arena
 from outrider.memory.tiers.disk import Disk
-from outrider.memory.tiers.tier import Cached, Damaged, Tier
+from outrider.memory.tiers.tier import Cached, Damaged, Tier, name_of
 
 READERS = 2
 LOADS_PER_REPORT = 8  # copies whose endings come back as one event
@@ -157,7 +156,7 @@ class Mover:
             except Damaged as damage:
                 self._failed(name, copy, str(damage))
             except OSError as error:
-                self._failed(name, copy, _name(error))
+                self._failed(name, copy, name_of(error.errno))
         self._done(name, done)
 
     def _write_all(self, name: str, tier: Tier) -> None:
@@ -182,14 +181,14 @@ class Mover:
             except Damaged as damage:
                 self._failed(save.src, copy, str(damage))
             except OSError as error:
-                self._failed(name, copy, _name(error))
+                self._failed(name, copy, name_of(error.errno))
         try:
             if written:
                 tier.commit(written)
             self._done(name, written)
         except OSError as error:
             for copy in written:
-                self._failed(name, copy, _name(error))
+                self._failed(name, copy, name_of(error.errno))
 
     def _fetched(self, copy: ev.Copy, src: str) -> memoryview:
         """A block of the tier `src`, verified, in a buffer that direct I/O accepts. A read that fails is damage too."""
@@ -213,8 +212,3 @@ class Mover:
         if self._hybrid is None:
             raise LawBroken(2, "a prefetch was asked for without a hybrid tier")
         return self._hybrid
-
-
-def _name(error: OSError) -> str:
-    """`ENOSPC`, `EIO`, ..."""
-    return errno.errorcode.get(error.errno or 0, "EIO")

@@ -30,6 +30,7 @@ from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
 from outrider.memory.tiers.arena import Arena
 from outrider.memory.tiers.disk import HEADER_BYTES, Disk
+from outrider.memory.tiers.hybrid import HybridTier, open_device
 from outrider.memory.tiers.spec import Tiers, parse_tiers
 
 UNSENT_MAX_BYTES = 64 << 20  # a client that lets so many answers lie is cut off
@@ -118,13 +119,17 @@ class Server:
     """Tiers, policy and connections of one memory server. All but `stop` belong to the thread that calls `run`."""
 
     def __init__(self, tiers: Tiers, journal: Path | None = None) -> None:
-        settings = Settings(tiers.host_bytes, tiers.disk_bytes, header_bytes=HEADER_BYTES)
-        host, *_ = settings.topology().places
+        host, *_ = Settings(tiers.host_bytes).topology().places
         self.arena = Arena(host.capacity_bytes)
         self.disk: Disk | None = None
+        self.hybrid: HybridTier | None = None
         try:
             if tiers.disk_bytes and tiers.path is not None:
                 self.disk = Disk(tiers.path, tiers.disk_bytes)
+            if tiers.hybrid is not None:
+                self.hybrid = HybridTier(open_device(tiers.hybrid, tiers.path))
+            device = self.hybrid.settings() if self.hybrid else None
+            settings = Settings(tiers.host_bytes, tiers.disk_bytes, header_bytes=HEADER_BYTES, hybrid=device)
             journal_file = Journal(journal / "memory.jsonl", "memory", settings) if journal else None
         except CallerError:
             self._close_tiers()
@@ -136,7 +141,8 @@ class Server:
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stop_fd, selectors.EVENT_READ)
-        self.mover = Mover(Policy(settings), self.arena, self.disk, journal_file, self._answer, time.monotonic)
+        policy = Policy(settings)
+        self.mover = Mover(policy, self.arena, self.disk, journal_file, self._answer, time.monotonic, self.hybrid)
         self._selector.register(self.mover.poke_fd, selectors.EVENT_READ)
 
     def listen(self, listener: sockets.socket) -> None:
@@ -247,7 +253,8 @@ class Server:
                 feed(ev.Flushed(client, request))
             case wire.Stats(request):
                 lookups = {"lookup_blocks": self._lookup_blocks, "lookup_hit_blocks": self._lookup_hit_blocks}
-                self._send(peer, wire.Numbers(request, self.mover.policy.stats() | lookups))
+                device = {"device": self.hybrid.stats()} if self.hybrid else {}
+                self._send(peer, wire.Numbers(request, self.mover.policy.stats() | lookups | device))
             case _:
                 assert_never(message)
 
@@ -322,6 +329,7 @@ class Server:
         self.arena.close()
 
     def _close_tiers(self) -> None:
-        if self.disk is not None:
-            self.disk.close()
+        for tier in (self.hybrid, self.disk):
+            if tier is not None:
+                tier.close()
         self.arena.close()

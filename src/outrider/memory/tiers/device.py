@@ -25,6 +25,9 @@ class HybridDevice(Protocol):
     line_bytes: int  # reads and writes of whole lines cost least
     cache_bytes: int  # of its own cache, as far as that is known
     pin_bytes: int  # how much of it may be pinned; 0: the device cannot pin
+    hit_rate: float  # bytes/s to be expected of what its cache holds, of the rest, and of writes
+    miss_rate: float
+    write_rate: float
 
     def read(self, at: int, into: memoryview) -> None:
         """Fill `into` with the bytes at `at`."""

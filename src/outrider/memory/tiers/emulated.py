@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from outrider.errors import CallerError
+from outrider.memory.tiers.arena import available_bytes
 from outrider.memory.tiers.cache import Cache
 from outrider.memory.tiers.device import Range, Ticket, check_range
 from outrider.memory.tiers.lines import Ints, Streams, runs
@@ -27,6 +28,7 @@ from outrider.memory.tiers.spec import show_bytes
 from outrider.memory.tiers.throttle import Profile, Throttle
 
 LINE_BYTES = 1 << 16
+MEMORY_RATE, FILE_RATE = 8e9, 1.2e9  # bytes/s, measured on two cores and a cloud volume
 PIECE_BYTES = 4 << 20  # one turn of a long read or write
 AHEAD_BYTES = 8 << 20  # what its own prefetcher fetches ahead of a reader that goes in order
 PREFETCHERS = 2
@@ -53,6 +55,9 @@ class Emulated:
         if frames < FRAMES_MIN:
             least = show_bytes(FRAMES_MIN * line_bytes)
             raise CallerError(f"tiers.hybrid: a cache of {show_bytes(cache_bytes)}. Use cache={least} or more.")
+        if cache_bytes > (free_bytes := available_bytes()):
+            asked, free = show_bytes(cache_bytes), show_bytes(free_bytes)
+            raise CallerError(f"tiers.cache: {asked} asked for, this machine has {free} free. Lower cache=SIZE.")
         self.kind = "emulated: a DRAM cache before a file"
         self.size_bytes, self.cache_bytes, self.line_bytes = (
             self._line_count * line_bytes,
@@ -60,6 +65,9 @@ class Emulated:
             line_bytes,
         )
         self.pin_bytes = frames // 2 * line_bytes
+        read_rate, write_rate = (profile.read, profile.write) if profile else (MEMORY_RATE, MEMORY_RATE)
+        self.hit_rate, self.miss_rate = min(MEMORY_RATE, read_rate), min(FILE_RATE, read_rate)
+        self.write_rate = min(FILE_RATE, write_rate)
         self._medium = medium(directory, self.size_bytes)
         piece = max(1, min(frames // 8, PIECE_BYTES // line_bytes))
         self._cache = Cache(self._medium, self._line_count, frames, line_bytes, piece, retry_s)

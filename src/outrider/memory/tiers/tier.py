@@ -1,5 +1,6 @@
 """What `move.py` needs of a tier below host: the same few calls, whichever tier it is. Live; decides nothing."""
 
+import errno
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -40,6 +41,11 @@ class Cached(Tier, Protocol):
 
     def unpin(self, spans: Iterable[Span]) -> None:
         """These bytes may leave the cache."""
+
+
+def name_of(code: int | None) -> str:
+    """`ENOSPC`, `EIO`, ...: an errno as events carry it."""
+    return errno.errorcode.get(code or 0, "EIO")
 
 
 def verify(copy: Copy, padded: memoryview) -> None:
