@@ -15,8 +15,10 @@ import threading
 
 import numpy as np
 
-from outrider.memory.tiers.lines import Ints, Lines, runs
+from outrider.memory.tiers.lines import Ints, Lines, Place, place_of, runs
 from outrider.memory.tiers.medium import Medium
+
+NONE: Ints = np.empty(0, np.int64)
 
 
 class Cache:
@@ -46,10 +48,10 @@ class Cache:
         self._thread = threading.Thread(target=self._write_back_all, name="outrider-write-back", daemon=True)
         self._thread.start()
 
-    def hold(self, first: int, stop: int) -> tuple[Ints, Ints]:
+    def hold(self, first: int, stop: int) -> tuple[Ints, Place, Ints]:
         """Frames of lines [first, stop), all held, and positions of the fresh ones, for the caller to fill.
 
-        OSError once the cache is closed.
+        In between the same frames as numpy indexes them fastest. OSError once the cache is closed.
         """
         lines = self.lines
         with self.lock:
@@ -57,8 +59,8 @@ class Cache:
                 if self.closed:
                     raise OSError(errno.ESHUTDOWN, "the device was closed")
                 frames = lines.frames(first, stop)
-                fresh = np.flatnonzero(frames < 0)
-                here = np.delete(frames, fresh) if len(fresh) else frames
+                fresh = np.flatnonzero(frames < 0) if frames.min() < 0 else NONE
+                here = place_of(np.delete(frames, fresh) if len(fresh) else frames)
                 if lines.filling[here].any():
                     self.joined += 1
                     self._changed.wait()
@@ -73,8 +75,9 @@ class Cache:
                         continue
                     lines.enter(first + fresh, taken)
                     frames[fresh] = taken
-                lines.used[frames] = True
-                return frames, fresh
+                    here = place_of(frames)
+                lines.used[here] = True
+                return frames, here, fresh
 
     def fill(self, first: int, frames: Ints, fresh: Ints, wanted: Ints | None = None) -> None:
         """Fetch the fresh lines, or those at positions `wanted` only: the caller overwrites the others whole.
@@ -98,12 +101,11 @@ class Cache:
                 self.lines.filling[frames[fresh]] = False
                 self._changed.notify_all()
 
-    def release(self, frames: Ints) -> int:
+    def release(self, frames: Place) -> int:
         """Hold them no longer; how many of them were fetched ahead and are now read for the first time."""
         with self.lock:
             self.lines.held[frames] -= 1
-            ahead = self.lines.ahead[frames]
-            count = int(np.count_nonzero(ahead))
+            count = int(np.count_nonzero(self.lines.ahead[frames]))
             if count:
                 self.lines.ahead[frames] = False
             self._changed.notify_all()
@@ -131,7 +133,7 @@ class Cache:
                 self._changed.wait(self._retry_s)
             self._reserved += count
 
-    def soiled(self, frames: Ints | None, reserved: int) -> None:
+    def soiled(self, frames: Place | None, reserved: int) -> None:
         """A write into held frames is over: they are dirty and held no longer. None: it failed before."""
         with self.lock:
             self._reserved -= reserved

@@ -22,7 +22,7 @@ from outrider.errors import CallerError
 from outrider.memory.tiers.arena import available_bytes
 from outrider.memory.tiers.cache import Cache
 from outrider.memory.tiers.device import Range, Ticket, check_range
-from outrider.memory.tiers.lines import Ints, Streams, runs
+from outrider.memory.tiers.lines import Ints, Place, Streams, runs
 from outrider.memory.tiers.medium import Medium
 from outrider.memory.tiers.spec import show_bytes
 from outrider.memory.tiers.throttle import Profile, Throttle
@@ -88,13 +88,13 @@ class Emulated:
         began_s = time.monotonic()
         self._own_prefetch(at, len(into))
         for begin, end, first, stop in self._pieces(at, at + len(into)):
-            frames, fresh = cache.hold(first, stop)
+            frames, place, fresh = cache.hold(first, stop)
             if len(fresh):
                 missed = True
                 cache.fill(first, frames, fresh)
-            for source, low, length in self._spans(begin, end, frames):
+            for source, low, length in self._spans(begin, end, frames, place):
                 np.copyto(target[low - at : low - at + length], cache.bytes[source : source + length])
-            ahead = cache.release(frames)
+            ahead = cache.release(place)
             self._count_read(begin, end, first, stop, fresh, ahead)
         if self._throttle:
             self._throttle.end(due_s, began_s if missed else None)
@@ -106,7 +106,7 @@ class Emulated:
         for begin, end, first, stop in self._pieces(at, at + len(data)):
             cache.admit(stop - first)
             try:
-                frames, fresh = cache.hold(first, stop)
+                frames, place, fresh = cache.hold(first, stop)
                 cuts = {0: begin > first * self.line_bytes, stop - first - 1: end < stop * self.line_bytes}
                 if stop - first == 1:
                     cuts = {0: end - begin < self.line_bytes}
@@ -115,9 +115,9 @@ class Emulated:
             except OSError:
                 cache.soiled(None, stop - first)
                 raise
-            for target, low, length in self._spans(begin, end, frames):
+            for target, low, length in self._spans(begin, end, frames, place):
                 np.copyto(cache.bytes[target : target + length], source[low - at : low - at + length])
-            cache.soiled(frames, stop - first)
+            cache.soiled(place, stop - first)
         with cache.lock:
             self._counts["written_bytes"] += len(data)
         if self._throttle:
@@ -191,11 +191,11 @@ class Emulated:
             yield begin, stop, first, self._end(stop)
             begin = stop
 
-    def _spans(self, begin: int, end: int, frames: Ints) -> Iterator[tuple[int, int, int]]:
+    def _spans(self, begin: int, end: int, frames: Ints, place: Place) -> Iterator[tuple[int, int, int]]:
         """Where [begin, end) lies in the cache, in as few parts as possible: (offset there, offset, length)."""
         size = self.line_bytes
         base = begin - begin % size
-        for start, stop in runs(frames):
+        for start, stop in [(0, len(frames))] if isinstance(place, slice) else runs(frames):
             low, high = max(begin, base + start * size), min(end, base + stop * size)
             yield int(frames[start]) * size + low - base - start * size, low, high - low
 
@@ -253,7 +253,7 @@ class Emulated:
 
     def _fetch(self, first: int, stop: int) -> None:
         began_s = time.monotonic()
-        frames, fresh = self._cache.hold(first, stop)
+        frames, _, fresh = self._cache.hold(first, stop)
         self._cache.fill(first, frames, fresh)
         self._cache.fetched_ahead(frames, fresh)
         with self._cache.lock:

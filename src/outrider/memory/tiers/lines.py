@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Place = Ints | slice
 
 
 class Lines:
@@ -70,7 +71,7 @@ class Lines:
         self.pinned[frames] = self.filling[frames] = False
         self.held[frames] -= 1
 
-    def soil(self, frames: Ints) -> None:
+    def soil(self, frames: Place) -> None:
         """These are newer than the medium."""
         self.dirty_frames += int(np.count_nonzero(~self.dirty[frames]))
         self.dirty[frames] = True
@@ -130,6 +131,14 @@ class Streams:
         while len(self._ends) > self._streams:
             del self._ends[next(iter(self._ends))]
         return (begin, stop) if worth and begin < stop else None
+
+
+def place_of(frames: Ints) -> Place:
+    """Frames as a slice where they rise by one each: numpy indexes by either, by a slice several times as fast."""
+    first, count = int(frames[0]) if len(frames) else 0, len(frames)
+    if count < 2 or (frames[-1] - first == count - 1 and (frames[1:] - frames[:-1] == 1).all()):
+        return slice(first, first + count)
+    return frames
 
 
 def runs(numbers: Ints) -> list[tuple[int, int]]:
