@@ -20,7 +20,7 @@
     if (story.end !== "Settle") lines.push((story.end || "unanswered when the journal ends") + (story.why ? ": " + story.why : ""));
     return lines.join("\n");
   };
-  let chosen = null;
+  let chosen = null, byKey = false;
   const clear = () => {
     if (chosen) chosen.classList.remove("on");
     chosen = null;
@@ -52,8 +52,14 @@
     }
     return best;
   };
+  const below = (bar) => {
+    const box = bar.getBoundingClientRect();
+    choose(bar, box.left + box.width / 2, box.bottom);
+  };
+  const scrolled = () => (byKey && chosen ? below(chosen) : clear());
   for (const svg of timeline.querySelectorAll(".lanes")) {
     const point = (event) => {
+      byKey = false;
       const bar = event.target.closest("g[data-i]") || nearest(svg, event.clientX, event.clientY);
       if (bar) choose(bar, event.clientX, event.clientY);
       else clear();
@@ -71,11 +77,11 @@
       const at = bars.indexOf(chosen);
       const bar = bars[at < 0 ? 0 : Math.max(0, Math.min(bars.length - 1, at + step))];
       bar.scrollIntoView({ block: "nearest", inline: "nearest" });
-      const box = bar.getBoundingClientRect();
-      choose(bar, box.left + box.width / 2, box.bottom);
+      byKey = true;
+      below(bar);
     });
   }
-  addEventListener("scroll", clear, { passive: true });
+  addEventListener("scroll", scrolled, { passive: true });
 
   // ---- zoom: both arms keep one axis, also while one of them scrolls
   const zoom = timeline.querySelector(".zoom");
@@ -93,7 +99,7 @@
   });
   for (const pane of panes) {
     pane.addEventListener("scroll", () => {
-      clear();
+      scrolled();
       for (const other of panes) if (other.scrollLeft !== pane.scrollLeft) other.scrollLeft = pane.scrollLeft;
     }, { passive: true });
   }
