@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+collect_ignore = ["vllm"]  # has an environment of its own: `make test-vllm`
 SLOW = (
     "agents/test_embedded_engine.py",
     "agents/test_faults.py",

@@ -97,12 +97,12 @@ class Copying:
     def results(self) -> Results:
         """What is through since the last call; jobs whose time is up are given up here."""
         found = Results()
-        for job in self._through(self._loads):
+        for job in self._through(self._loads, "late_loads"):
             found.received.add(job.copies.request)
             found.bad_blocks.update(job.copies.blocks[job.good :])
             self._count("loaded_blocks", job.good)
             self._count("failed_blocks", len(job.copies.blocks) - job.good)
-        self._through(self._saves)
+        self._through(self._saves, "late_saves")
         busy = {job.copies.request for job in self._saves}
         found.sent = self._held - busy
         self._held &= busy
@@ -121,13 +121,13 @@ class Copying:
             jobs.put(None)
         self.reach.close()
 
-    def _through(self, jobs: list[Job]) -> list[Job]:
-        """Take out of `jobs` those that are over."""
+    def _through(self, jobs: list[Job], late: str) -> list[Job]:
+        """Take out of `jobs` those that are over; count those given up now as `late`."""
         now = self.clock()
         for job in jobs:
             if not job.over and now > job.by_s:
                 self._end(job)
-                self._count("late_jobs", 1)
+                self._count(late, 1)
         over = [job for job in jobs if job.over]
         jobs[:] = [job for job in jobs if not job.over]
         return over

@@ -2,7 +2,7 @@
 
 loaded_blocks, failed_blocks   blocks that memory gave, and that were asked for in vain and computed
 saved_blocks                   blocks that memory took
-late_jobs                      copies that were given up at their deadline
+late_loads, late_saves         loads and saves that were given up at their deadline
 unanswered_calls               calls that memory did not answer, or refused
 """
 
@@ -15,7 +15,8 @@ NAMES = {
     "loaded_blocks": "KV blocks loaded from Outrider's memory.",
     "failed_blocks": "KV blocks that could not be loaded from Outrider's memory, and were computed.",
     "saved_blocks": "KV blocks saved to Outrider's memory.",
-    "late_jobs": "Copies from or to Outrider's memory that were given up at their deadline.",
+    "late_loads": "Loads from Outrider's memory that were given up at their deadline.",
+    "late_saves": "Saves to Outrider's memory that were given up at their deadline.",
     "unanswered_calls": "Calls that Outrider's memory did not answer, or refused.",
 }
 

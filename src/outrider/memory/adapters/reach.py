@@ -25,7 +25,8 @@ class Reach:
         self.gone = 0
         self._connect, self._clock = connect, clock
         self._store: Store | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held for longer than a moment: the engine's thread takes it too
+        self._dialling = threading.Lock()
         self._pause_s, self._rest_until_s = FIRST_PAUSE_S, 0.0
         self._lost = self._closed = False
 
@@ -56,13 +57,13 @@ class Reach:
         return gone
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            if self._store is not None:
-                self._store.close()
+        self._closed = True
+        store = self._store
+        if store is not None:
+            store.close()
 
     def _reached(self) -> Store:
-        with self._lock:
+        with self._dialling:
             if self._closed or self.resting:
                 raise StoreGone("memory is away")
             if self._store is None:

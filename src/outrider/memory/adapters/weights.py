@@ -62,7 +62,7 @@ def _kept(path: Path, cache: Path) -> str:
     note = cache / blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     try:
         kept = note.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         kept = b""
     if len(kept) == DIGEST_DIGITS:
         return kept.decode("ascii", "replace")
