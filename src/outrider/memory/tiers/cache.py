@@ -30,16 +30,18 @@ class Cache:
         self.lines = Lines(lines, frames)
         self.lock = threading.Lock()
         self.closed = False
+        self.hits = self.misses = self.hit_bytes = self.miss_bytes = self.prefetched = self.prefetch_hits = 0
         self.joined = self.write_stalls = self.written_back = self.read_failures = self.write_failures = 0
         self._medium = medium
-        self._map = mmap.mmap(-1, frames * line_bytes)
+        self._map = mmap.mmap(-1, frames * line_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # large pages: faster copies, and much faster direct reads
+            self._map.madvise(mmap.MADV_HUGEPAGE)  # large pages (private memory only): fast copies, faster direct reads
         self.bytes = np.frombuffer(self._map, np.uint8)
         self.bytes[:: mmap.PAGESIZE] = 0  # first touch now, not in somebody's read
         self._view = memoryview(self._map)
         self._dirty_max = max(frames // 4, piece)
         self._changed = threading.Condition(self.lock)  # something was filled, cleaned or released
+        self._waiting = 0  # threads that wait for it
         self._work = threading.Condition(self.lock)  # the write-back is wanted
         self._reserved = 0  # frames that writers under way will soil
         self._writing = np.zeros(frames, np.bool_)
@@ -59,11 +61,11 @@ class Cache:
                 if self.closed:
                     raise OSError(errno.ESHUTDOWN, "the device was closed")
                 frames = lines.frames(first, stop)
-                fresh = np.flatnonzero(frames < 0) if frames.min() < 0 else NONE
+                fresh = np.flatnonzero(frames < 0) if min(frames.tolist()) < 0 else NONE
                 here = place_of(np.delete(frames, fresh) if len(fresh) else frames)
-                if lines.filling[here].any():
+                if lines.some_filling and lines.filling[here].any():
                     self.joined += 1
-                    self._changed.wait()
+                    self._wait(None)
                     continue
                 lines.held[here] += 1
                 if len(fresh):
@@ -71,7 +73,7 @@ class Cache:
                     if taken is None:
                         lines.held[here] -= 1
                         self._hurry()
-                        self._changed.wait(self._retry_s)
+                        self._wait(self._retry_s)
                         continue
                     lines.enter(first + fresh, taken)
                     frames[fresh] = taken
@@ -98,24 +100,28 @@ class Cache:
             raise
         if wanted is None and len(fresh):
             with self.lock:
-                self.lines.filling[frames[fresh]] = False
+                self.lines.filled(frames[fresh])
                 self._changed.notify_all()
 
-    def release(self, frames: Place) -> int:
-        """Hold them no longer; how many of them were fetched ahead and are now read for the first time."""
+    def release(self, frames: Place, lines: int, missed: int, size_bytes: int, missed_bytes: int) -> None:
+        """A read of so many lines and bytes is over, of which some were missed: hold its frames no longer."""
         with self.lock:
             self.lines.held[frames] -= 1
-            count = int(np.count_nonzero(self.lines.ahead[frames]))
-            if count:
-                self.lines.ahead[frames] = False
-            self._changed.notify_all()
-        return count
+            self.misses += missed
+            self.hits += lines - missed
+            self.miss_bytes += missed_bytes
+            self.hit_bytes += size_bytes - missed_bytes
+            if self.lines.some_ahead:
+                self.prefetch_hits += self.lines.met(frames)
+            if self._waiting:
+                self._changed.notify_all()
 
     def fetched_ahead(self, frames: Ints, fresh: Ints) -> None:
         """Release frames that were filled for a later reader."""
         with self.lock:
             self.lines.held[frames] -= 1
-            self.lines.ahead[frames[fresh]] = True
+            self.lines.came_ahead(frames[fresh])
+            self.prefetched += len(fresh)
             self._changed.notify_all()
 
     def admit(self, count: int) -> None:
@@ -130,7 +136,7 @@ class Cache:
                 self.write_stalls += not stalled
                 stalled = True
                 self._hurry()
-                self._changed.wait(self._retry_s)
+                self._wait(self._retry_s)
             self._reserved += count
 
     def soiled(self, frames: Place | None, reserved: int) -> None:
@@ -139,7 +145,7 @@ class Cache:
             self._reserved -= reserved
             if frames is not None:
                 self.lines.soil(frames)
-                self.lines.filling[frames] = False
+                self.lines.filled(frames)
                 self.lines.held[frames] -= 1
                 if self.lines.dirty_frames > self._dirty_max // 2:
                     self._hurry()
@@ -161,7 +167,8 @@ class Cache:
     def flush(self) -> None:
         """Return when all that was written before is on the medium; OSError where some of it is not: it stays dirty."""
         with self.lock:
-            self._changed.wait_for(lambda: not self._writing.any())
+            while self._writing.any():
+                self._wait(None)
             frames = self._take_dirty()
         self._write_back(frames)
         self._medium.sync()
@@ -185,6 +192,14 @@ class Cache:
         """The bytes of these frames, neighbours in one view."""
         size = self.line_bytes
         return [self._view[int(frames[a]) * size : (int(frames[a]) + b - a) * size] for a, b in runs(frames)]
+
+    def _wait(self, timeout_s: float | None) -> None:
+        """Until something was filled, cleaned or released; the lock is held before and after."""
+        self._waiting += 1
+        try:
+            self._changed.wait(timeout_s)
+        finally:
+            self._waiting -= 1
 
     def _hurry(self) -> None:
         self._urgent = True

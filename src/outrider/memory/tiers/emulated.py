@@ -73,7 +73,7 @@ class Emulated:
         self._cache = Cache(self._medium, self._line_count, frames, line_bytes, piece, retry_s)
         self._throttle = Throttle(profile) if profile else None
         self._streams = Streams(8, min(AHEAD_BYTES // line_bytes, frames // 8))
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._written_bytes = 0
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         self._threads = [
             Thread(target=self._prefetch_all, name="outrider-device", daemon=True) for _ in range(PREFETCHERS)
@@ -85,8 +85,7 @@ class Emulated:
         check_range(at, len(into), self.size_bytes)
         target, cache, missed = np.frombuffer(into, np.uint8), self._cache, False
         due_s = self._throttle.begin_read(len(into)) if self._throttle else 0.0
-        began_s = time.monotonic()
-        self._own_prefetch(at, len(into))
+        began_s = time.monotonic() if self._throttle else 0.0
         for begin, end, first, stop in self._pieces(at, at + len(into)):
             frames, place, fresh = cache.hold(first, stop)
             if len(fresh):
@@ -94,8 +93,9 @@ class Emulated:
                 cache.fill(first, frames, fresh)
             for source, low, length in self._spans(begin, end, frames, place):
                 np.copyto(target[low - at : low - at + length], cache.bytes[source : source + length])
-            ahead = cache.release(place)
-            self._count_read(begin, end, first, stop, fresh, ahead)
+            missed_bytes = self._bytes_in(first + fresh, begin, end) if len(fresh) else 0
+            cache.release(place, stop - first, len(fresh), end - begin, missed_bytes)
+        self._own_prefetch(at, len(into))
         if self._throttle:
             self._throttle.end(due_s, began_s if missed else None)
 
@@ -119,7 +119,7 @@ class Emulated:
                 np.copyto(cache.bytes[target : target + length], source[low - at : low - at + length])
             cache.soiled(place, stop - first)
         with cache.lock:
-            self._counts["written_bytes"] += len(data)
+            self._written_bytes += len(data)
         if self._throttle:
             self._throttle.end(due_s)
 
@@ -153,10 +153,16 @@ class Emulated:
                 "cache_bytes": self.cache_bytes,
                 "line_bytes": size,
                 "pin_budget_bytes": self.pin_bytes,
-                **self._counts,
+                "hits": cache.hits,
+                "misses": cache.misses,
+                "hit_bytes": cache.hit_bytes,
+                "miss_bytes": cache.miss_bytes,
+                "written_bytes": self._written_bytes,
+                "prefetched": cache.prefetched,
+                "prefetch_hits": cache.prefetch_hits,
                 "pinned": lines.pinned_lines,
                 "pinned_bytes": lines.pinned_lines * size,
-                "prefetched_bytes": self._counts["prefetched"] * size,
+                "prefetched_bytes": cache.prefetched * size,
                 "dirty": lines.dirty_frames,
                 "written_back": cache.written_back,
                 "written_back_bytes": cache.written_back * size,
@@ -206,24 +212,20 @@ class Emulated:
         parts = [np.arange(at // self.line_bytes, self._end(at + size)) for at, size in ranges if size]
         return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
-    def _count_read(self, begin: int, end: int, first: int, stop: int, fresh: Ints, ahead: int) -> None:
-        lows = (first + fresh) * self.line_bytes
-        missed_bytes = (
-            int(np.sum(np.minimum(end, lows + self.line_bytes) - np.maximum(begin, lows))) if len(fresh) else 0
-        )
-        with self._cache.lock:
-            self._counts["misses"] += len(fresh)
-            self._counts["hits"] += stop - first - len(fresh)
-            self._counts["miss_bytes"] += missed_bytes
-            self._counts["hit_bytes"] += end - begin - missed_bytes
-            self._counts["prefetch_hits"] += ahead
+    def _bytes_in(self, lines: Ints, begin: int, end: int) -> int:
+        """How many bytes of [begin, end) lie in these lines."""
+        lows = lines * self.line_bytes
+        return int(np.sum(np.minimum(end, lows + self.line_bytes) - np.maximum(begin, lows)))
 
     def _own_prefetch(self, at: int, size_bytes: int) -> None:
         """Where a reader goes in order, fetch ahead of it, unless enough waits already."""
+        if not size_bytes:
+            return
         with self._cache.lock:
-            part = self._streams.saw(at // self.line_bytes, self._end(at + size_bytes)) if size_bytes else None
-        if part is not None and part[0] < self._line_count:
-            self._queue((Ticket(), [(part[0], min(part[1], self._line_count))], None), PREFETCHERS)
+            part = self._streams.saw(at // self.line_bytes, self._end(at + size_bytes))
+            if part is None or not self._cache.lines.lacks(*part):
+                return
+        self._queue((Ticket(), [(part[0], min(part[1], self._line_count))], None), PREFETCHERS)
 
     def _queue(self, order: Order, most: int) -> None:
         """Have it fetched; it fails at once where too many wait, or the device was closed."""
@@ -256,10 +258,5 @@ class Emulated:
         frames, _, fresh = self._cache.hold(first, stop)
         self._cache.fill(first, frames, fresh)
         self._cache.fetched_ahead(frames, fresh)
-        with self._cache.lock:
-            self._counts["prefetched"] += len(fresh)
         if self._throttle and len(fresh):
             self._throttle.end(began_s, began_s)
-
-
-COUNTS = ("hits", "misses", "hit_bytes", "miss_bytes", "prefetched", "prefetch_hits", "written_bytes")

@@ -30,12 +30,16 @@ class Lines:
         self.used = np.zeros(frames, np.bool_)
         self.ahead = np.zeros(frames, np.bool_)  # fetched ahead and not read yet
         self.pinned = np.zeros(frames, np.bool_)
-        self.pinned_lines = self.dirty_frames = self.evicted = 0
+        self.pinned_lines = self.dirty_frames = self.evicted = self.some_ahead = self.some_filling = 0
         self._hand = 0
 
     def frames(self, first: int, end: int) -> Ints:
         """Frames of lines [first, end), -1 for those that are not in the cache."""
         return self.frame_of[first:end].copy()
+
+    def lacks(self, first: int, stop: int) -> bool:
+        """Is any of the lines [first, stop) that the device has not in the cache?"""
+        return bool((self.frame_of[first:stop] < 0).any())
 
     def claim(self, count: int) -> Ints | None:
         """`count` frames for new lines, ascending from the hand; None, and nothing changed, where too few are free."""
@@ -61,15 +65,35 @@ class Lines:
         self.line_of[frames] = lines
         self.pinned[frames] = self.pins[lines] > 0
         self.filling[frames] = True
+        self.some_filling += len(frames)
         self.held[frames] = 1
-        self.ahead[frames] = False
+        self.met(frames)
+
+    def filled(self, frames: Place) -> None:
+        """Their bytes are there, or will never be."""
+        self.some_filling -= int(np.count_nonzero(self.filling[frames]))
+        self.filling[frames] = False
 
     def drop(self, frames: Ints) -> None:
         """Filling failed: these frames hold nothing."""
         self.frame_of[self.line_of[frames]] = -1
         self.line_of[frames] = -1
-        self.pinned[frames] = self.filling[frames] = False
+        self.pinned[frames] = False
+        self.filled(frames)
         self.held[frames] -= 1
+
+    def came_ahead(self, frames: Ints) -> None:
+        """These were fetched for a reader that is yet to come."""
+        self.ahead[frames] = True
+        self.some_ahead += len(frames)
+
+    def met(self, frames: Place) -> int:
+        """These are read, or leave; how many of them were fetched ahead and not read since."""
+        count = int(np.count_nonzero(self.ahead[frames]))
+        if count:
+            self.ahead[frames] = False
+            self.some_ahead -= count
+        return count
 
     def soil(self, frames: Place) -> None:
         """These are newer than the medium."""
@@ -103,6 +127,8 @@ class Lines:
         frames = self.frame_of[inside]
         assert np.array_equal(self.line_of[frames], inside), "a frame is not its line's"
         assert len(frames) == np.count_nonzero(self.line_of >= 0), "a frame is used that no line has"
+        assert self.some_filling == np.count_nonzero(self.filling)
+        assert self.some_ahead == np.count_nonzero(self.ahead)
         assert self.dirty_frames == np.count_nonzero(self.dirty)
         assert self.pinned_lines == np.count_nonzero(self.pins)
         assert np.array_equal(self.pinned[frames], self.pins[inside] > 0)
@@ -135,10 +161,9 @@ class Streams:
 
 def place_of(frames: Ints) -> Place:
     """Frames as a slice where they rise by one each: numpy indexes by either, by a slice several times as fast."""
-    first, count = int(frames[0]) if len(frames) else 0, len(frames)
-    if count < 2 or (frames[-1] - first == count - 1 and (frames[1:] - frames[:-1] == 1).all()):
-        return slice(first, first + count)
-    return frames
+    numbers = frames.tolist()  # plain integers: cheaper than numpy for so few
+    first, count = numbers[0] if numbers else 0, len(numbers)
+    return slice(first, first + count) if numbers == list(range(first, first + count)) else frames
 
 
 def runs(numbers: Ints) -> list[tuple[int, int]]:
