@@ -18,6 +18,8 @@ from outrider.memory import events as ev
 from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
 from outrider.memory.tiers.emulated import Emulated
+from outrider.memory.tiers.hybrid import HybridTier, modelled, open_device
+from outrider.memory.tiers.spec import HybridSpec
 from outrider.wants import Want
 
 SIZE = 100_000
@@ -54,6 +56,17 @@ def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < by_s, "it did not happen in time"
         time.sleep(0.002)
+
+
+def test_what_is_simulated_is_what_the_device_says_of_itself(tmp_path: Path) -> None:
+    for text in ("hybrid=16MiB,cache=3MiB", "hybrid=10MiB,cache=2MiB,profile=ours-22-by-10"):
+        spec = memory.parse_tiers(f"host=1MiB,{text},path={tmp_path}").hybrid
+        assert spec is not None
+        tier = HybridTier(open_device(spec, tmp_path))
+        assert tier.settings() == modelled(spec)
+        tier.close()
+    with pytest.raises(CallerError, match="cannot be simulated"):
+        modelled(HybridSpec(dax=Path("/dev/dax0.0")))
 
 
 @pytest.mark.parametrize("disk", ["", "disk=32MiB,"])

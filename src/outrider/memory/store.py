@@ -385,4 +385,5 @@ def _let_go(views: Sequence[memoryview | None]) -> None:
 def _all_durable(reply: wire.Done) -> None:
     if reply.failed:
         count, first = len(reply.failed), reply.failed[0]
-        raise WorldError(f"memory: {count} blocks are not on disk, {first} first; they stay in host. Free disk room.")
+        how = "Free disk room, or add disk=SIZE to --tiers"
+        raise WorldError(f"memory: {count} blocks are not on disk, {first} first; they stay where they are. {how}.")

@@ -38,6 +38,12 @@ RETRY_S = 0.5  # rest of the write-back after the medium refused
 Order = tuple[Ticket, Sequence[tuple[int, int]], Ints | None]  # to fetch: lines [first, stop); and what it pinned
 
 
+def expected_rates(profile: Profile | None) -> tuple[float, float, float]:
+    """Bytes/s of hits, misses and writes, until they are measured."""
+    read, write = (profile.read, profile.write) if profile else (MEMORY_RATE, MEMORY_RATE)
+    return min(MEMORY_RATE, read), min(FILE_RATE, read), min(FILE_RATE, write)
+
+
 class Emulated:
     """`size_bytes` of zeros at first, gone at the end. See `HybridDevice` for the calls."""
 
@@ -65,9 +71,7 @@ class Emulated:
             line_bytes,
         )
         self.pin_bytes = frames // 2 * line_bytes
-        read_rate, write_rate = (profile.read, profile.write) if profile else (MEMORY_RATE, MEMORY_RATE)
-        self.hit_rate, self.miss_rate = min(MEMORY_RATE, read_rate), min(FILE_RATE, read_rate)
-        self.write_rate = min(FILE_RATE, write_rate)
+        self.hit_rate, self.miss_rate, self.write_rate = expected_rates(profile)
         self._medium = medium(directory, self.size_bytes)
         piece = max(1, min(frames // 8, PIECE_BYTES // line_bytes))
         self._cache = Cache(self._medium, self._line_count, frames, line_bytes, piece, retry_s)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from outrider.errors import CallerError
 from outrider.memory.events import Copy, Span
 from outrider.memory.settings import Hybrid
+from outrider.memory.tiers import mapped
 from outrider.memory.tiers.device import HybridDevice, Ticket
-from outrider.memory.tiers.emulated import Emulated
+from outrider.memory.tiers.emulated import LINE_BYTES, MEMORY_RATE, Emulated, expected_rates
 from outrider.memory.tiers.mapped import open_dax, open_node
 from outrider.memory.tiers.spec import HybridSpec
 from outrider.memory.tiers.throttle import profile_named
@@ -27,6 +29,21 @@ def open_device(spec: HybridSpec, directory: Path | None) -> HybridDevice:
     assert directory is not None  # spec.py asks for one
     profile = profile_named(spec.profile) if spec.profile else None
     return Emulated(directory, spec.size_bytes, spec.cache_bytes, profile)
+
+
+def modelled(spec: HybridSpec) -> Hybrid:
+    """What the policy would be told of this device, were it opened: for simulations. CallerError for a dax device."""
+    if spec.dax is not None:
+        raise CallerError(f"tiers.hybrid: {spec.dax} cannot be simulated. Use hybrid=SIZE,cache=SIZE.")
+    if spec.node is not None:
+        rates, line_bytes, pinned_bytes = (MEMORY_RATE,) * 3, mapped.LINE_BYTES, 0
+    else:
+        rates = expected_rates(profile_named(spec.profile) if spec.profile else None)
+        line_bytes = LINE_BYTES
+        pinned_bytes = spec.cache_bytes // line_bytes // 2 * line_bytes
+    hit, miss, write = rates
+    cache_bytes = pinned_bytes or spec.cache_bytes // 2
+    return Hybrid(spec.size_bytes, cache_bytes, pinned_bytes > 0, line_bytes, read=miss, hit_read=hit, write=write)
 
 
 class HybridTier:
