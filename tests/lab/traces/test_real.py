@@ -1,5 +1,7 @@
 """The published traces, whole: their stated totals, and what their own numbers say of our reading."""
 
+import json
+import lzma
 import resource
 import time
 from collections import Counter
@@ -12,6 +14,7 @@ import pytest
 from outrider.lab.traces import Workload, read
 from outrider.lab.traces.runs import length, shared
 
+ROOT = Path(__file__).parents[3]
 Real = Callable[[str], Path]
 CLAUDE = "agentic-claude-code/traces.jsonl.xz"
 
@@ -26,23 +29,45 @@ def counted(workload: Workload) -> tuple[int, int, int, int]:
     return len(workload.workflows), len(calls), *tokens
 
 
+def rows() -> list[tuple[str, ...]]:
+    """The table of docs/traces.md."""
+    page = (ROOT / "docs" / "traces.md").read_text()
+    cells = [[cell.strip(" `").replace(",", "") for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    return [tuple(row) for row in cells if len(row) == 8 and "/" in row[0]]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_the_page_tells_what_is_read(real: Real, row: tuple[str, ...]) -> None:
+    name, format, *numbers, starts = row
+    workload = read(real(name), seed=1)
+    assert [format, *map(int, numbers)] == [workload.format, *counted(workload), workload.block_tokens]
+    assert starts == ("trace" if read(real(name), seed=2).workflows == workload.workflows else "drawn")
+
+
 @pytest.mark.parametrize(
-    ("name", "format", "totals"),
+    ("name", "workflows", "calls"),
     [
-        (CLAUDE, "claude-code", (485, 31_393, 4_050_057_820, 13_849_637)),
-        ("chatdev-calls/calls.jsonl.xz", "chatdev", (42, 952, 1_523_982, 451_675)),
-        ("tau2-calls/gpt41_telecom.jsonl.xz", "tau2", (40, 1_509, 7_836_696, 69_762)),
-        ("tau2-calls/gpt41_retail.jsonl.xz", "tau2", (40, 766, 2_670_434, 40_747)),
-        ("tau2-calls/gpt41_telecom_no-user.jsonl.xz", "tau2", (40, 606, 5_237_511, 11_701)),
-        ("mooncake/conversation_trace.jsonl.xz", "mooncake", (12_031, 12_031, 144_793_823, 4_122_048)),
-        ("azure-llm-2023/AzureLLMInferenceTrace_conv.csv.xz", "azure", (19_366, 19_366, 22_361_870, 4_088_665)),
+        (CLAUDE, 485, 31_023 + 370),  # main requests, and those of 35 sub-agents
+        ("chatdev-calls/calls.jsonl.xz", 42, 952),
+        ("tau2-calls/gpt41_telecom.jsonl.xz", 40, 1_509),
+        ("tau2-calls/gpt41_retail.jsonl.xz", 40, 766),
+        ("tau2-calls/gpt41_telecom_no-user.jsonl.xz", 40, 606),
+        ("mooncake/conversation_trace.jsonl.xz", 12_031, 12_031),
+        ("azure-llm-2023/AzureLLMInferenceTrace_conv.csv.xz", 19_366, 19_366),
     ],
 )
-def test_totals_are_those_that_the_source_states(real: Real, name: str, format: str, totals: tuple[int, ...]) -> None:
-    """Calls and workflows as SOURCE.md counts them; tokens as summed over the file's own fields."""
-    workload = read(real(name), seed=1)
-    assert workload.format == format
-    assert counted(workload) == totals
+def test_totals_are_those_that_the_source_states(real: Real, name: str, workflows: int, calls: int) -> None:
+    """As SOURCE.md beside each file counts them."""
+    assert rows() and counted(read(real(name)))[:2] == (workflows, calls)
+
+
+def test_claude_code_tokens_are_those_that_the_sessions_state(real: Real) -> None:
+    """Each session of the file says how many tokens its requests have."""
+    with lzma.open(real(CLAUDE), "rt") as file:
+        totals = [json.loads(line)["totals"]["combined_tokens"] for line in file]
+    for flow, total in zip(read(real(CLAUDE)).workflows, totals, strict=True):
+        assert sum(call.prompt_tokens for call in flow.calls) == total["input"]
+        assert sum(call.output_tokens for call in flow.calls) == total["output"]
 
 
 @pytest.mark.parametrize(
