@@ -4,8 +4,8 @@ Two runs that were asked the same give the same workload, however they served it
 they ask, not by when. Only the measured seconds differ by noise. What a call waited for, first rule that fits:
 
     its parent by name     the id of a call of its workflow
-    it goes on             its prompt begins with the whole prompt of an earlier call: that one, and what that one led
-                           to (sub-agents that it launched)
+    it goes on             its prompt begins with the whole prompt of an earlier call: what that one led to (sub-agents
+                           that it launched), or that one alone
     it begins anew         every call answered before that no other answered call had followed (order.py)
 """
 
@@ -171,8 +171,8 @@ def _order(calls: Sequence[_Seen]) -> None:
             parents = [named] if last is None or last is named else [named, last]
         elif last is not None:
             own = 1 << place[last.asked.id]
-            led_to = (by_id[other.call] for other in before if above[other.call] & own)
-            parents = [last, *(other for other in led_to if other is not last)]
+            led_to = [by_id[other.call] for other in before if above[other.call] & own and other.call != last.asked.id]
+            parents = led_to or [last]
         else:
             parents = [by_id[other.call] for other in before]
         call.parents = tuple(parents)
@@ -253,7 +253,7 @@ def _notes(seen: Sequence[_Seen], kept: Sequence[_Seen]) -> Iterable[str]:
     if any(call.asked.identity.deadline_s is not None for call in kept):
         yield "deadlines are per call in the journal and are left out"
     yield (
-        "a call waits for its named parent, else for the call whose prompt it goes on from and what that led to, "
+        "a call waits for its named parent, else for the call whose prompt it goes on from, or what that led to, "
         "else for every answered call that nothing had followed; think and tool time is the rest"
     )
     yield (
