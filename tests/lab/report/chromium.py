@@ -87,6 +87,10 @@ class Page:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    async def settled(self) -> None:
+        """Scrolling and what listens to it are done: both happen before a frame is drawn."""
+        await self.eval("(async () => { for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); })()")
+
     async def mouse(self, x: float, y: float, kind: str = "mouseMoved") -> None:
         await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y)
 

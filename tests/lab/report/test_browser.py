@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-g
 FIRST_BAR = """(async () => {
   const svg = document.querySelector('.lanes');
   svg.scrollIntoView({block: 'center'});
-  await new Promise(done => setTimeout(done, 100));
+  for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
   const box = document.querySelector('.lanes g[data-i] .stream').getBoundingClientRect();
   return [box.left + box.width / 2, box.top + box.height / 2];
 })()"""
@@ -58,7 +58,7 @@ async def test_a_call_tells_its_story(page_url: str) -> None:
         await page.eval("scrollTo(0, 0), document.querySelector('.lanes').focus({preventScroll: true})")
         for _ in range(2):
             await page.key("ArrowRight")
-        await page.eval("new Promise(done => setTimeout(done, 100))")
+        await page.settled()
         assert await page.eval(hidden) is False, "also where the page had to scroll for it"
         assert "flow-0 · turn/1" in await page.eval("document.getElementById('tip').innerText")
         await page.key("Escape")
@@ -86,11 +86,11 @@ async def test_zoom_keeps_both_arms_on_one_axis(page_url: str) -> None:
         wide = "[...document.querySelectorAll('.plot')].map(e => e.getBoundingClientRect().width)"
         before = await page.eval(wide)
         await page.eval("document.querySelector('[data-zoom=\"2\"]').click()")
-        await page.eval("new Promise(done => setTimeout(done, 100))")
+        await page.settled()
         after = await page.eval(wide)
         assert [round(a / b, 2) for a, b in zip(after, before, strict=True)] == [2, 2]
         await page.eval("document.querySelectorAll('.scroll')[1].scrollLeft = 100")
-        await page.eval("new Promise(done => setTimeout(done, 100))")
+        await page.settled()
         assert await page.eval("document.querySelectorAll('.scroll')[0].scrollLeft") == 100
         assert await page.eval("document.documentElement.scrollWidth") == 1280
         assert page.said == []

@@ -1,17 +1,24 @@
 """The readers: spans are those of the journal, without holes; levels and sums are exact."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider import journal
 from outrider.agents import events as ev
 from outrider.agents.settings import GatewaySettings
 from outrider.errors import CallerError
 from outrider.journal import Journal
+from outrider.lab import levels, report
 from outrider.lab.report import calls, draw, loads, tiers, timeline, totals
+from outrider.memory.events import Event
+from outrider.memory.policy import Policy
+from outrider.memory.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 ENGINES = ("http://a", "http://b")
@@ -27,10 +34,10 @@ def arrived(call: str, workflow: str) -> ev.Arrived:
 
 
 def wrote(path: Path, lines: list[tuple[float, ev.Event, list[ev.Command]]]) -> calls.Calls:
-    journal = Journal(path / "agents.jsonl", "agents", GatewaySettings(engines=ENGINES))
+    writer = Journal(path / "agents.jsonl", "agents", GatewaySettings(engines=ENGINES))
     for now, event, commands in sorted(lines, key=lambda line: line[0]):
-        journal.write(now, event, commands)
-    journal.close()
+        writer.write(now, event, commands)
+    writer.close()
     return calls.read(path / "agents.jsonl")
 
 
@@ -172,22 +179,46 @@ def test_bins_lose_nothing(moves: list[tuple[float, int]]) -> None:
     assert sum(draw.binned(levels, 99.0, 7)) == pytest.approx(total)
 
 
-def test_memory_is_told_by_its_own_replay() -> None:
-    """A journal of the policy's tests: the last sample is what the policy object itself reports."""
-    memory = tiers.read(ROOT / "tests" / "golden" / "memory_cancelled_and_wanted_again.jsonl")
+GOLDEN = ROOT / "tests" / "golden" / "memory_cancelled_and_wanted_again.jsonl"
+
+
+def test_memory_is_told_by_its_own_journal() -> None:
+    """A journal of the policy's tests: levels and sums are what the policy object itself reports at the end."""
+    memory = tiers.read(GOLDEN)
+    header, lines = journal.read(GOLDEN)
+    policy = Policy(msgspec.json.decode(header.settings, type=Settings))
+    for line in lines:
+        policy.handle(msgspec.json.decode(line.event, type=Event), line.now)
+    stats = policy.stats()
     assert not memory.stops
-    for place, tier in memory.stats["tiers"].items():
-        assert memory.samples[-1].used_bytes[place] == tier["used_bytes"] <= memory.capacity_bytes[place]
-    assert memory.samples[-1].moved_bytes == memory.stats["moved_bytes"]
-    assert memory.hit_blocks == memory.stats["hit_blocks_by_tier"]
-    landed = [flight for flight in memory.flights.values() if flight.ended_s is not None and not flight.failed]
-    for way in {flight.way for flight in landed}:
-        assert sum(f.size_bytes for f in landed if f.way == way) == memory.stats["moved_bytes"][way]
+    for place, tier in stats["tiers"].items():
+        assert memory.levels[-1].used_bytes[place] == tier["used_bytes"] <= memory.capacity_bytes[place]
+    assert memory.moved_bytes == stats["moved_bytes"]
+    assert memory.hit_blocks == stats["hit_blocks_by_tier"]
+
+
+def test_what_a_simulation_noted_is_what_a_replay_finds(simulated: report.Run, tmp_path: Path) -> None:
+    source = simulated.arms[1].directory / "memory.jsonl"
+    shutil.copy(source, tmp_path / "memory.jsonl")
+    noted, replayed = tiers.read(source), tiers.read(tmp_path / "memory.jsonl")
+    assert levels.beside(source).exists()
+    assert len(noted.levels) > 20
+    assert (noted.levels, noted.stops) == (replayed.levels, replayed.stops)
+
+
+def test_a_replay_that_would_cost_too_much_says_where_it_ends(
+    simulated: report.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(simulated.arms[1].directory / "memory.jsonl", tmp_path)
+    monkeypatch.setattr(levels, "VISITS", 200)
+    cut, whole = tiers.read(tmp_path / "memory.jsonl"), tiers.read(simulated.arms[1].directory / "memory.jsonl")
+    assert "are replayed" in cut.stops
+    assert 0 < len(cut.levels) < len(whole.levels)
+    assert (cut.moved, cut.hit_blocks) == (whole.moved, whole.hit_blocks)
 
 
 def test_a_journal_that_decides_otherwise_says_where(tmp_path: Path) -> None:
-    source = ROOT / "tests" / "golden" / "memory_cancelled_and_wanted_again.jsonl"
-    lines = source.read_text().splitlines()
+    lines = GOLDEN.read_text().splitlines()
     lines[4] = lines[4].replace('"commands":[', '"commands":[{"type":"Wake","at_s":1.0},', 1).replace("},]", "}]")
     (tmp_path / "memory.jsonl").write_text("\n".join(lines) + "\n")
     assert "line 5 of memory.jsonl" in tiers.read(tmp_path / "memory.jsonl").stops

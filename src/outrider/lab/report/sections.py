@@ -205,8 +205,10 @@ def _held(run: Run, arm: Arm, journals: Journals, x: Scale) -> Held:
         (place, f"{key}.tiers.{place}", strips.held(memory, place, zero_s, ends_s, x, table.mib))
         for place in memory.capacity_bytes
     ]
-    ways = list(memory.samples[-1].moved_bytes) if memory.samples else []
-    moved = [(way, f"{key}.moved_bytes.{way}", strips.moved(memory, way, zero_s, ends_s, x, table.mib)) for way in ways]
+    moved = [
+        (way, f"{key}.moved_bytes.{way}", strips.moved(memory, way, zero_s, ends_s, x, table.mib))
+        for way in memory.moved
+    ]
     return Held(arm, tiers, moved, memory.stops)
 
 

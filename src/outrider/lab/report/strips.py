@@ -80,7 +80,7 @@ def kv_in_use(calls: Calls, x: Scale) -> Strip | None:
 
 def held(memory: Memory, place: str, zero_s: float, ends_s: float, x: Scale, size: Callable[[float], str]) -> Strip:
     """Bytes in use of one tier. The full height is its capacity, or less where hardly any of it was used."""
-    levels = [(sample.now - zero_s, float(sample.used_bytes[place])) for sample in memory.samples]
+    levels = [(one.now - zero_s, float(one.used_bytes[place])) for one in memory.levels]
     capacity = memory.capacity_bytes[place]
     peak = max((value for _, value in levels), default=0.0)
     top, says = (capacity, size(capacity)) if peak > capacity / 4 else (max(peak, 1.0), f"{size(peak)}, its peak")
@@ -89,8 +89,7 @@ def held(memory: Memory, place: str, zero_s: float, ends_s: float, x: Scale, siz
 
 def moved(memory: Memory, way: str, zero_s: float, ends_s: float, x: Scale, size: Callable[[float], str]) -> Strip:
     """Bytes that went one way, slice by slice of the run."""
-    levels = [(sample.now - zero_s, float(sample.moved_bytes.get(way, 0))) for sample in memory.samples]
-    gained = binned(levels, ends_s, BINS) if ends_s > 0 else [0.0] * BINS
+    gained = binned(since(memory.moved[way], zero_s), ends_s, BINS) if ends_s > 0 else [0.0] * BINS
     top = max(*gained, 1.0)
     slices = [(ends_s * i / BINS, value) for i, value in enumerate(gained)]
     says = f"{size(top)} in {ends_s / BINS:.2g}\N{NO-BREAK SPACE}s"

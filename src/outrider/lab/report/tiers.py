@@ -1,32 +1,23 @@
-"""Reads memory's journal, live or simulated, by replaying it: what each tier held, when, and what moved between them.
+"""Reads memory's journal, live or simulated: what each tier held, when, and what moved between them.
 
-The recorded events go once more through the policy object, so its books are those of the run: the last sample equals
-what the server's `stats` said. Pure but for reading the file. Called by `run.py` and `trace.py`.
+What moved, and where the blocks lay that were found, is told by the events and commands themselves, and equals what the
+server's `stats` say; what a tier held is not, since an eviction from host is nobody else's business: `levels.py` finds
+that. Pure but for reading files. Called by `run.py` and `trace.py`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from outrider import journal
+from outrider.lab import levels
+from outrider.lab.levels import Level
 from outrider.memory import events as ev
-from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
 
-LINES = 4000  # replayed at most: a policy whose host is full needs about half a millisecond for each
-
-
-@dataclass(slots=True)
-class Sample:
-    """The books after one event that changed them. `used_bytes` by place, `moved_bytes` by way, since the start."""
-
-    now: float
-    used_bytes: dict[str, int]
-    moved_bytes: dict[str, int]
+Moved = list[tuple[float, int]]  # (moment, bytes moved since the start)
 
 
 @dataclass(slots=True)
@@ -44,98 +35,85 @@ class Flight:
 
 @dataclass(slots=True)
 class Memory:
-    """A whole journal. `paths`: request id -> its blocks; `wanted`: (time, path or block) as the wants came in."""
+    """A whole journal.
+
+    levels      bytes in use by place; `stops` says why they end before the journal does, "" where they do not
+    moved       by way, in the order in which each was first taken
+    paths       request id -> its blocks
+    hit_blocks  blocks that leases were given, by where they lay when they were asked for
+    """
 
     capacity_bytes: dict[str, int] = field(default_factory=dict)  # fastest first
-    samples: list[Sample] = field(default_factory=list)
+    levels: list[Level] = field(default_factory=list)
+    stops: str = ""
+    moved: dict[str, Moved] = field(default_factory=dict)
     flights: dict[int, Flight] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    wanted: list[tuple[float, str]] = field(default_factory=list)
-    hit_blocks: dict[str, int] = field(default_factory=dict)  # by where they lay when they were asked for
-    stats: dict[str, Any] = field(default_factory=dict)
-    stops: str = ""  # why the last sample is not the end of the run; "" where it is
+    hit_blocks: dict[str, int] = field(default_factory=dict)
+    last_s: float = 0.0
+
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Sums by way, as `stats` has them."""
+        return {way: moved[-1][1] for way, moved in self.moved.items()}
 
 
 def read(path: Path) -> Memory:
-    """Replay a journal named memory.jsonl. CallerError where it is none, or its events are of another version."""
-    memory = Memory()
-    watches: list[_Watch] = []
-
-    def fresh(settings: msgspec.Raw) -> "_Watch":
-        watches.append(_Watch(memory, Policy(msgspec.json.decode(settings, type=Settings))))
-        return watches[0]
-
-    _, lines = journal.read(path)
-    _, difference = journal.replay(path, ev.Event, fresh, (_granted(memory, line) for line in islice(lines, LINES)))
-    if difference is not None:
-        memory.stops = f"From line {difference.line} of {path.name} on this version of Outrider decides otherwise."
-    for line in lines:  # too many to replay; where the blocks lay that were found is told by the commands alone
-        _granted(memory, line)
-        memory.stops = memory.stops or f"The first {LINES:,} events of {path.name} are drawn."
-    memory.stats = watches[0].policy.stats()
+    """All of a journal named memory.jsonl. CallerError where it is none, or its events are of another version."""
+    header, lines = journal.read(path)
+    topology = msgspec.json.decode(header.settings, type=Settings).topology()
+    memory = Memory({place.name: place.capacity_bytes for place in topology.places})
+    events, commands = journal.decoder(path, ev.Event), journal.decoder(path, list[ev.Command])
+    size_bytes: dict[str, int] = {}
+    for line in lines:
+        _saw(memory, size_bytes, events.decode(line.event), line.now)
+        for command in commands.decode(line.commands):
+            _said(memory, command, line.now)
+        memory.last_s = line.now
+    memory.levels, memory.stops = levels.read(path)
     return memory
 
 
-class _Said(msgspec.Struct):
-    """A command, as far as hits by tier are told by it."""
+def _saw(memory: Memory, size_bytes: dict[str, int], event: ev.Event, now: float) -> None:
+    match event:
+        case ev.Prepared(items=items, size_bytes=each):
+            size_bytes.update(dict.fromkeys(items, each))
+        case ev.Completed(items=items):
+            _move(memory, "engine->host", now, sum(size_bytes[item] for item in items))
+        case ev.Remembered(path, items):
+            memory.paths[path] = items
+        case ev.Copied(copies):
+            for number in copies:
+                flight = memory.flights[number]
+                flight.ended_s = now
+                _move(memory, flight.way, now, flight.size_bytes)
+        case ev.CopyFailed(copy, reason):
+            memory.flights[copy].ended_s, memory.flights[copy].failed = now, reason
+        case _:
+            pass  # the commands say the rest
 
-    type: str
-    lay: dict[str, int] = {}
 
-
-def _granted(memory: Memory, line: journal.Line) -> journal.Line:
-    """Count where the blocks lay that a lease was given."""
-    if b'"lay":{"' in bytes(line.commands):
-        for command in msgspec.json.decode(line.commands, type=list[_Said]):
-            for place, count in command.lay.items():
+def _said(memory: Memory, command: ev.Command, now: float) -> None:
+    match command:
+        case ev.Grant(spans=spans, lay=lay):
+            _move(memory, "host->engine", now, sum(span.size_bytes for span in spans if span))
+            for place, count in lay.items():
                 memory.hit_blocks[place] = memory.hit_blocks.get(place, 0) + count
-    return line
+        case ev.Load(copies, src):
+            _fly(memory, copies, f"{src}->host", now)
+        case ev.Save(copies, src, dst):
+            _fly(memory, copies, f"{src}->{dst}", now)
+        case ev.Prefetch(copies):
+            _fly(memory, copies, "hybrid->cache", now)
+        case _:
+            pass
 
 
-class _Watch:
-    """The policy object, and a look at its books after every event."""
+def _fly(memory: Memory, copies: Iterable[ev.Copy], way: str, now: float) -> None:
+    for copy in copies:
+        memory.flights[copy.number] = Flight(copy.number, copy.item, way, copy.size_bytes, now)
 
-    def __init__(self, memory: Memory, policy: Policy) -> None:
-        self.memory, self.policy = memory, policy
-        places = policy.residency.places
-        memory.capacity_bytes = {place: policy.residency.ledger.capacity_bytes(place) for place in places}
 
-    def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
-        self._before(event, now)
-        commands = self.policy.handle(event, now)
-        self._after(commands, now)
-        return commands
-
-    def _before(self, event: ev.Event, now: float) -> None:
-        match event:
-            case ev.Remembered(path, items):
-                self.memory.paths[path] = items
-            case ev.Wanted(want):
-                self.memory.wanted.append((now, want.item))
-            case ev.Copied(copies):
-                for number in copies:
-                    self.memory.flights[number].ended_s = now
-            case ev.CopyFailed(copy, reason):
-                self.memory.flights[copy].ended_s, self.memory.flights[copy].failed = now, reason
-            case _:
-                pass  # the books say the rest
-
-    def _after(self, commands: list[ev.Command], now: float) -> None:
-        for command in commands:
-            match command:
-                case ev.Load(copies, src):
-                    self._fly(copies, f"{src}->host", now)
-                case ev.Save(copies, src, dst):
-                    self._fly(copies, f"{src}->{dst}", now)
-                case ev.Prefetch(copies):
-                    self._fly(copies, "hybrid->cache", now)
-                case _:
-                    pass
-        books = Sample(now, dict(self.policy.residency.ledger.used_bytes), dict(self.policy.tally.moved_bytes))
-        last = self.memory.samples[-1] if self.memory.samples else None
-        if last is None or (last.used_bytes, last.moved_bytes) != (books.used_bytes, books.moved_bytes):
-            self.memory.samples.append(books)
-
-    def _fly(self, copies: Iterable[ev.Copy], way: str, now: float) -> None:
-        for copy in copies:
-            self.memory.flights[copy.number] = Flight(copy.number, copy.item, way, copy.size_bytes, now)
+def _move(memory: Memory, way: str, now: float, size_bytes: int) -> None:
+    moved = memory.moved.setdefault(way, [])
+    moved.append((now, size_bytes + (moved[-1][1] if moved else 0)))

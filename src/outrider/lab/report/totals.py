@@ -48,7 +48,7 @@ def _arm(calls: Calls, memory: Memory | None) -> dict[str, Any]:
             for role, group in sorted(by_role.items())
         ],
         "tiers": _tiers(memory) if memory else {},
-        "moved_bytes": dict(memory.samples[-1].moved_bytes) if memory and memory.samples else {},
+        "moved_bytes": memory.moved_bytes if memory else {},
     }
 
 
@@ -105,8 +105,8 @@ def _tiers(memory: Memory) -> dict[str, dict[str, int]]:
     return {
         place: {
             "capacity_bytes": capacity_bytes,
-            "peak_bytes": max((sample.used_bytes[place] for sample in memory.samples), default=0),
-            "end_bytes": memory.samples[-1].used_bytes[place] if memory.samples else 0,
+            "peak_bytes": max((level.used_bytes[place] for level in memory.levels), default=0),
+            "end_bytes": memory.levels[-1].used_bytes[place] if memory.levels else 0,
             "hit_blocks": memory.hit_blocks.get(place, 0),
         }
         for place, capacity_bytes in memory.capacity_bytes.items()

@@ -141,11 +141,10 @@ def _memory(process: Process, memory: Memory) -> list[tuple[Place, float, frozen
     batches: dict[tuple[str, float], list[Flight]] = {}
     for flight in memory.flights.values():
         batches.setdefault((flight.way, flight.began_s), []).append(flight)
-    last_s = memory.samples[-1].now if memory.samples else 0.0
     lifts: list[tuple[Place, float, frozenset[str]]] = []
     for way in dict.fromkeys(way for way, _ in batches):
         mine = [(began_s, flights) for (one, began_s), flights in batches.items() if one == way]
-        spans = [(began_s, max(f.ended_s or last_s for f in flights)) for began_s, flights in mine]
+        spans = [(began_s, max(f.ended_s or memory.last_s for f in flights)) for began_s, flights in mine]
         lanes = laid_out(spans)
         tracks = [process.track(way if lane == 0 else f"{way} ({lane + 1})") for lane in range(max(lanes) + 1)]
         for (began_s, flights), (_, end_s), lane in zip(mine, spans, lanes, strict=True):
@@ -156,9 +155,9 @@ def _memory(process: Process, memory: Memory) -> list[tuple[Place, float, frozen
             if way.endswith("->host"):
                 lifts.append(((tracks[lane], begin), began_s, frozenset(flight.item for flight in flights)))
     for place in memory.capacity_bytes:
-        process.counter(f"{place} holds", "bytes", ((s.now, s.used_bytes[place]) for s in memory.samples))
-    for way in memory.samples[-1].moved_bytes if memory.samples else ():
-        process.counter(f"moved {way}", "bytes", ((s.now, s.moved_bytes.get(way, 0)) for s in memory.samples))
+        process.counter(f"{place} holds", "bytes", ((one.now, one.used_bytes[place]) for one in memory.levels))
+    for way, moved in memory.moved.items():
+        process.counter(f"moved {way}", "bytes", moved)
     return lifts
 
 

@@ -29,7 +29,7 @@ from outrider.topology import Link
 from outrider.wants import Want
 
 CHECK_EVERY = 500  # calls between two passes over every block of every engine
-PAGES_MOST = 2048  # of host: memory's blocks are made as large as that needs, or a long trace would take hours
+PAGES_MOST = 1024  # of host: memory weighs them all at every event, so that a long trace would take hours
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     memory = None
     if fleet.memory is not None:
         journal = Journal(directory / "memory.jsonl", "memory", fleet.memory) if directory else None
-        memory = MemoryTwin(fleet.memory, clock, journal=journal)
+        memory = MemoryTwin(fleet.memory, clock, journal=journal, notes=directory is not None)
         lanes = [*_attach(engines, memory, workload, fleet), *memory.lanes.values()]
     settings = GatewaySettings(
         engines=tuple(engines),
@@ -85,6 +85,8 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     gateway.close()
     if memory is not None:
         memory.close()
+        if memory.levels is not None and directory is not None:
+            memory.levels.write(directory / "memory.jsonl")
     record = callers.record
     wall_s = max((answer.sent_s + answer.total_s for answer in record.answers), default=0.0)
     return figures(record, workload, gateway, engines, memory, lanes, wall_s)

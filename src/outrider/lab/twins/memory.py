@@ -14,6 +14,7 @@ from typing import assert_never
 from outrider.errors import LawBroken
 from outrider.journal import Journal
 from outrider.lab.clock import Clock, Timer
+from outrider.lab.levels import Levels
 from outrider.lab.twins.links import Lane, Way
 from outrider.memory import events as ev
 from outrider.memory.move import LOADS_PER_REPORT
@@ -29,7 +30,10 @@ Answer = ev.Grant | ev.Offer | ev.Acknowledge | ev.Refuse
 
 
 class MemoryTwin:
-    """One memory server. `lanes` are its links by way; those of the policy's topology where none are given."""
+    """One memory server. `lanes` are its links by way; those of the policy's topology where none are given.
+
+    notes  keep what each tier held over time, in `levels`, for a report
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class MemoryTwin:
         lanes: Mapping[Way, Lane] | None = None,
         journal: Journal | None = None,
         disk: dict[str, ev.Found] | None = None,
+        notes: bool = False,
     ) -> None:
         self.policy = Policy(settings)
         self.clock = clock
@@ -45,6 +50,7 @@ class MemoryTwin:
         self.disk: dict[str, ev.Found] = {} if disk is None else disk
         self.damaged: dict[tuple[str, str], str] = {}  # (tier, block) that is not what was stored, and how that shows
         self.events = 0
+        self.levels = Levels(self.policy) if notes else None
         self._journal = journal
         self._answers: dict[tuple[int, int], Callable[[Answer], object]] = {}
         self._cached: dict[int, None] = {}  # offsets in the hybrid tier that its device has in its own cache
@@ -83,6 +89,8 @@ class MemoryTwin:
         commands = self.policy.handle(event, now)
         if self._journal is not None:
             self._journal.write(now, event, commands)
+        if self.levels is not None:
+            self.levels.note(now)
         self.events += 1
         self.policy.residency.ledger.check()
         if self.events % FULL_CHECK_EVERY == 0:
