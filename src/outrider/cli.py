@@ -112,7 +112,11 @@ def engine(
 def memory_serve(
     socket: Annotated[Path, typer.Option(help="Unix socket to listen on (mode 0600).")],
     tiers: Annotated[
-        str, typer.Option(help="Tiers and sizes, fastest first; `path=` names the disk tier's directory.")
+        str,
+        typer.Option(
+            help="Tiers and sizes: host=SIZE, then hybrid=SIZE,cache=SIZE (an emulated CXL-hybrid device, with "
+            "profile=NAME at its speed; or hybrid=dax:/dev/daxX.Y, hybrid=numa:NODE:SIZE), disk=SIZE; path=DIR."
+        ),
     ],
     journal: JournalDir = None,
 ) -> None:
@@ -260,8 +264,11 @@ def simulate(
         typer.Option(help="Calls in flight per engine. Default: its batch's seats, or the journal's.", min=1),
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="A modelled engine by name; an unknown name lists those there are.")
-    ] = "smollm2-cpu",
+        str | None,
+        typer.Option(
+            help="A modelled engine by name: rtxpro6000-llama-3.1-8b (default), rtxpro6000-qwen3-30b-a3b, smollm2-cpu."
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="agents.jsonl of a live run: engines as fast as those were. Batch and bytes: profile."),

@@ -528,3 +528,19 @@ TestEverything = Everything.TestCase
 TestEverything.settings = bounds
 TestEverythingSticky = EverythingSticky.TestCase
 TestEverythingSticky.settings = bounds
+
+
+def test_outstanding_work_is_not_remembered_past_a_change() -> None:
+    """At one moment, as on a virtual clock: a start, a first byte and an ending change what a newcomer waits for."""
+    policy = make(engines=(A,), credit=4)
+    engine = policy.engines[A]
+    seen = [engine.outstanding_s(1.0)]
+    events = (Arrived(call("one", chars=4000)), Arrived(call("two", chars=4000)), FirstByte("one", 1), done("one"))
+    for event in events:
+        policy.handle(event, 1.0)
+        seen.append(engine.outstanding_s(1.0))
+    nothing, one, two, begun, left = seen
+    assert nothing == 0.0 < one < two
+    assert left < begun < two
+    prefill_s, decode_s = engine.running["two"].left_s(1.0)
+    assert left == prefill_s + decode_s / 4

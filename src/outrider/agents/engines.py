@@ -49,6 +49,7 @@ class Engine:
         self.answered = 0
         self.failed = 0
         self.prefixes = Prefixes(kv_tokens or UNKNOWN_KV_TOKENS)
+        self._outstanding: tuple[float, float] | None = None  # (now, seconds)
 
     @property
     def free(self) -> int:
@@ -64,20 +65,33 @@ class Engine:
         return not self.running or not self.kv_tokens or self.reserved_tokens + tokens <= self.kv_tokens
 
     def outstanding_s(self, now: float) -> float:
-        """Seconds of work before a newcomer's first byte: all prefill ahead of it, and its share of the decoding."""
+        """Seconds of work before a newcomer's first byte: all prefill ahead of it, and its share of the decoding.
+
+        Asked for every waiting call at every event, so the answer is kept for the moment, until something changes.
+        """
+        if self._outstanding is not None and self._outstanding[0] == now:
+            return self._outstanding[1]
         prefill_s = decode_s = 0.0
         for running in self.running.values():
             left = running.left_s(now)
             prefill_s += left[0]
             decode_s += left[1]
-        return prefill_s + decode_s / self.credit
+        self._outstanding = (now, prefill_s + decode_s / self.credit)
+        return self._outstanding[1]
 
     def take(self, running: Running) -> None:
+        self._outstanding = None
         self.running[running.dispatch.call] = running
         self.reserved_tokens += running.dispatch.reserved_tokens
         self.starts += 1
 
+    def began(self, call_id: str, now: float) -> None:
+        """Its first byte came."""
+        self._outstanding = None
+        self.running[call_id].first_byte_s = now
+
     def release(self, call_id: str) -> Running:
+        self._outstanding = None
         running = self.running.pop(call_id)
         self.reserved_tokens -= running.dispatch.reserved_tokens
         return running

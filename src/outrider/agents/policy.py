@@ -81,9 +81,8 @@ class Policy:
             case Arrived(call):
                 commands += self.arrive(call, now)
             case FirstByte(call_id, attempt):
-                running = self.running(call_id, attempt)
-                if running is not None:
-                    running.first_byte_s = now
+                if self.running(call_id, attempt) is not None:
+                    self.engines[self.at[call_id]].began(call_id, now)
             case Finished():
                 commands += self.finish(event, now)
             case Failed():

@@ -66,10 +66,14 @@ def calibrate(path: Path, start: Profile) -> Fit:
             f"--calibrate {path}: {len(seen)} streamed answers with token counts, at least {LEAST_CALLS} are needed. "
             "Name the agents.jsonl of a longer run."
         )
-    speed, errors = _fit(partial(_errors, seen, kv_tokens or KV_TOKENS, start), start.speed)
     provenance = f"fitted to the {len(seen)} answered calls of {path}"
-    profile = msgspec.structs.replace(start, name="calibrated", speed=speed, provenance=provenance)
-    return Fit(profile, len(seen), _rms(errors), _rms(_spans(seen)))
+    return fit(seen, kv_tokens, msgspec.structs.replace(start, name="calibrated", provenance=provenance))
+
+
+def fit(seen: Sequence[Observed], kv_tokens: int, start: Profile) -> Fit:
+    """The speed with which engines of `kv_tokens` (0: boundless) come closest to what was seen, from `start` on."""
+    speed, errors = _fit(partial(_errors, seen, kv_tokens or KV_TOKENS, start), start.speed)
+    return Fit(msgspec.structs.replace(start, speed=speed), len(seen), _rms(errors), _rms(_spans(seen)))
 
 
 def observe(path: Path) -> tuple[list[Observed], int]:

@@ -44,7 +44,7 @@ class Options:
     engines: int | None = None
     kv_tokens: int | None = None
     credit: int | None = None
-    profile: str = profiles.DEFAULT
+    profile: str | None = None
     calibrate: Path | None = None
     format: str | None = None
     limit: int | None = None
@@ -64,8 +64,9 @@ def run(options: Options) -> dict[str, Any]:
         report.check(options.report)
     began_s = time.monotonic()
     workload = traces.read(options.trace, options.format, options.seed, options.limit, options.rate)
-    fit = calibrate.calibrate(options.calibrate, profiles.named(options.profile)) if options.calibrate else None
-    fleet = _fleet(options, workload, fit.profile if fit else profiles.named(options.profile))
+    start = profiles.named(options.profile or (profiles.EMBEDDED if options.calibrate else profiles.DEFAULT))
+    fit = calibrate.calibrate(options.calibrate, start) if options.calibrate else None
+    fleet = _fleet(options, workload, fit.profile if fit else start)
     result = _about(options, workload, fleet, fit)
     baseline = replace(fleet, policy="fcfs", routing="sticky", memory=None)
     arms = {COMPARED: baseline, ASKED: fleet} if options.compare else {ASKED: fleet}
