@@ -360,7 +360,7 @@ class Memory(RuleBasedStateMachine):
         for item in self.cached:
             block = self.policy.residency.blocks[item]
             if block.state["cache"] is At.HERE and not block.holds["cache"]:
-                assert item in self.policy.paths.told and block.state["hybrid"] is At.HERE
+                assert (item in self.policy.paths.told or block.joins) and block.state["hybrid"] is At.HERE
 
     @invariant()
     def leases_are_in_place(self) -> None:

@@ -131,8 +131,8 @@ class Traffic:
         for item in list(self._cached):
             block = self._residency.blocks[item]
             state = block.state["cache"]
-            useful = item in self._paths.told and block.state["host"] is not At.HERE
-            useful = useful and block.state["hybrid"] is At.HERE
+            wanted = item in self._paths.told or block.joins
+            useful = wanted and block.state["host"] is not At.HERE and block.state["hybrid"] is At.HERE
             if state is At.COMING and not useful:
                 self._residency.turn(block, "cache", "cancel", self._now)
             elif state is At.UNWANTED and useful:
