@@ -13,7 +13,7 @@ from outrider.memory import events as ev
 from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
 
-VISITS = 1_500_000  # events times blocks that a replay may cost: about as many microseconds
+VISITS = 1_200_000  # events times blocks that a replay may cost: a second or two of work
 
 
 class Level(msgspec.Struct, frozen=True, array_like=True):
