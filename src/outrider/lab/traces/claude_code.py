@@ -16,7 +16,7 @@ import msgspec
 from outrider.lab.traces.blocks import Ids, answered, moved
 from outrider.lab.traces.draft import Draft
 from outrider.lab.traces.order import Answered, Frontier, gap_s
-from outrider.lab.traces.runs import Runs, collect, join, length
+from outrider.lab.traces.runs import collect, join, length
 from outrider.lab.traces.source import Source
 from outrider.lab.traces.workload import Call, Workflow
 
@@ -35,12 +35,12 @@ class Request(msgspec.Struct, tag_field="type", tag="n"):
     input_tokens: Count = msgspec.field(name="in")
     output_tokens: Count = msgspec.field(name="out")
     api_time: Seconds | None = None
-    hash_runs: Pairs | None = None
+    hash_runs: Pairs = ()
     hash_ids: tuple[Count, ...] = ()
 
-    @property
-    def prompt(self) -> Runs:
-        return collect(self.hash_ids) if self.hash_runs is None else join(self.hash_runs)
+    def __post_init__(self) -> None:
+        self.hash_runs = collect(self.hash_ids) if self.hash_ids else join(self.hash_runs)
+        self.hash_ids = ()
 
     @property
     def service_s(self) -> float:
@@ -97,7 +97,7 @@ def read(source: Source, limit: int | None) -> Draft:
         if not session.all_requests:
             raise source.fault(number, f"session {session.id} has no request")
         for request in session.all_requests:
-            if length(request.prompt) > request.input_tokens // block_tokens:
+            if length(request.hash_runs) > request.input_tokens // block_tokens:
                 raise source.fault(number, f"the request at {request.t:g} s has more blocks than its prompt fills")
         untimed += sum(request.api_time is None for request in session.all_requests)
         workflows.append(Workflow(session.id, 0.0, _calls(session, ids)))
@@ -136,7 +136,7 @@ def _turns(conversation: str, role: str, requests: Iterable[Request]) -> list[_T
 def _calls(session: Session, ids: Ids) -> tuple[Call, ...]:
     """The session's calls, each after those it waited for."""
     made = _Made(session.block_size, ids, base=ids.next)
-    ids.take(max((sum(run) for request in session.all_requests for run in request.prompt), default=0))
+    ids.take(max((sum(run) for request in session.all_requests for run in request.hash_runs), default=0))
     main = _turns(session.id, "main", session.main_requests)
     items: list[tuple[float, _Turn | SubAgent]] = [(turn.request.t, turn) for turn in main]
     items += [(agent.start_s, agent) for agent in session.agents]
@@ -168,8 +168,8 @@ class _Made:
     def add(self, turn: _Turn, start_s: float, parents: Sequence[Answered], frontier: Frontier) -> None:
         """One more call, which began at start_s after `parents`."""
         request = turn.request
-        prompt = moved(request.prompt, self.base)
-        following = moved(turn.following.prompt, self.base) if turn.following else ()
+        prompt = moved(request.hash_runs, self.base)
+        following = moved(turn.following.hash_runs, self.base) if turn.following else ()
         blocks = (request.input_tokens + request.output_tokens) // self.block_tokens
         chain = answered(prompt, following, blocks, self.ids)
         names = tuple(parent.call for parent in parents)
