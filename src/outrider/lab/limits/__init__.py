@@ -1,0 +1,1 @@
+"""Limits that no product can reach, for measuring the distance to them."""
