@@ -12,7 +12,9 @@ FILES = sorted(SRC.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 CEILING = 400
-OVER_CEILING: dict[str, str] = {}  # path: why it may be longer
+OVER_CEILING: dict[str, str] = {  # path: why it may be longer
+    "experts/kernels.py": "numba caches compiled code by one file: a change in a second one would go unseen",
+}
 
 BANNED = {  # word in a file, class or function name: what to write instead
     "utils": "the thing it does (keys, links, tiers)",

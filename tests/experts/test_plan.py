@@ -138,7 +138,7 @@ def test_near_the_best_placement_there_is() -> None:
     [
         {"counts_LRE": np.zeros((2, 3), int), "slots": 1},
         {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "previous_LRS": np.zeros((1, 2, 2), int)},
-        {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "homes_E": np.zeros(3, int)},
+        {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "homes": np.zeros(3, int)},
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any]) -> None:
