@@ -56,6 +56,9 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert_one_sentence(outrider("demo", "--repo", str(tmp_path / "no")), str(tmp_path / "no"), "--repo")
     assert_one_sentence(outrider("demo", "--json", missing), "--json", str(tmp_path / "no"))
     assert_one_sentence(outrider("demo", "--json", str(tmp_path)), "--json", "directory")
+    assert_one_sentence(outrider("demo", "--report", missing), "--report", str(tmp_path / "no"), "--report none")
+    assert_one_sentence(outrider("simulate", str(tmp_path), "--report", missing), "--report", str(tmp_path / "no"))
+    assert_one_sentence(outrider("report", str(tmp_path)), str(tmp_path), "--keep")
     assert_one_sentence(outrider("replay", str(tmp_path / "no.jsonl")), "no.jsonl")
 
 
@@ -116,7 +119,12 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, signum: signal.Signa
     """Ctrl-C in mid-run: every child gone within 2 seconds; no process, file, socket or shared-memory segment."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen(
-        [*OUTRIDER, "demo", "--quick"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        [*OUTRIDER, "demo", "--quick"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,  # where its report would go
     )
     by_s = time.monotonic() + 60
     while time.monotonic() < by_s and not list(tmp_path.glob(f"outrider-*/{act}")):

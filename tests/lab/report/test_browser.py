@@ -63,6 +63,9 @@ async def test_a_call_tells_its_story(page_url: str) -> None:
         assert "flow-0 · turn/1" in await page.eval("document.getElementById('tip').innerText")
         await page.key("Escape")
         assert await page.eval(hidden) is True
+        await page.eval("document.querySelectorAll('.lanes')[1].focus()")
+        await page.key("ArrowRight")
+        assert "residency" in await page.eval("document.getElementById('tip').innerText"), "the other arm's own call"
         assert page.said == []
 
 

@@ -1,5 +1,6 @@
 """The page: its numbers are those of its JSON, its text is never markup, and it stands with whatever a run has."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -40,6 +41,18 @@ def test_what_it_shows(simulated: report.Run, written: Written) -> None:
     assert "simulated: no engine ran" in words
     assert "Nothing of it is real." in words
     assert "measured live" in Markup(written(replace(simulated, simulated=False))).words
+
+
+def test_every_bar_tells_its_own_story(simulated: report.Run, written: Written) -> None:
+    """The story that a bar names begins where the bar begins, in both arms."""
+    page = Markup(written(simulated))
+    stories = json.loads(page.scripts["stories"])
+    longest_s = max(arm["span_s"] for arm in page.document["read"]["arms"])
+    tags = iter(page.tags)
+    bars = [(int(a["data-i"]), next(tags)[1]) for tag, a in tags if tag == "g" and "data-i" in a]
+    assert sorted(index for index, _ in bars) == list(range(len(stories))) == list(range(32))
+    for index, first in bars:
+        assert float(first["x"].rstrip("%")) == pytest.approx(100 * stories[index]["at_s"] / longest_s, abs=0.001)
 
 
 def test_nothing_is_fetched(simulated: report.Run, written: Written) -> None:

@@ -159,7 +159,7 @@ def _served(run: Run, calls: dict[str, Calls], x: Scale) -> list[Served]:
     """Both arms under the same scales, so that heights can be compared."""
     tops = [max((level for _, level in waiting(c)), default=0) for c in calls.values()]
     busy = [max((level for _, level in strips.in_flight(c, c.engines)), default=0) for c in calls.values()]
-    served = []
+    served: list[Served] = []
     for arm in run.arms:
         one = calls[arm.name]
         if one.stories:
@@ -168,7 +168,8 @@ def _served(run: Run, calls: dict[str, Calls], x: Scale) -> list[Served]:
                 strips.at_engines(one, x, max(busy)),
                 strips.kv_in_use(one, x),
             ]
-            served.append(Served(arm, _read(run, arm), timeline(one, x), [s for s in below if s]))
+            told = sum(len(other.rows.stories) for other in served)
+            served.append(Served(arm, _read(run, arm), timeline(one, x, told), [s for s in below if s]))
     return served
 
 

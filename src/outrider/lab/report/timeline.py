@@ -60,8 +60,8 @@ class Timeline:
     stories: list[dict[str, Any]] = field(default_factory=list)
 
 
-def timeline(calls: Calls, x: Scale) -> Timeline:
-    """Lay out one journal on the common time axis."""
+def timeline(calls: Calls, x: Scale, first: int = 0) -> Timeline:
+    """Lay out one journal on the common time axis; its stories will be those from `first` on of the whole page."""
     flows = list(calls.by_workflow().items())
     named = len(flows) <= LANES_WORKFLOWS and len(calls.stories) <= BARS
     every = 1 if named else _every(flows)
@@ -74,7 +74,7 @@ def timeline(calls: Calls, x: Scale) -> Timeline:
         lanes = laid_out(spans) if named else [0] * len(flow)
         bars = []
         for story, lane in zip(flow, lanes, strict=True):
-            bars.append(Bar(len(stories), top + lane * LANE, _drawn(story, calls, x), story.end != "Settle"))
+            bars.append(Bar(first + len(stories), top + lane * LANE, _drawn(story, calls, x), story.end != "Settle"))
             stories.append(told(story, calls))
         ended_s = max(story.until_s(calls.ended_s) for story in flow)
         rows.append(Row(name, y, x(ended_s - calls.began_s), ended_s - flow[0].arrived_s, bars))
