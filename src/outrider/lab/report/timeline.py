@@ -14,7 +14,7 @@ from outrider.lab.report.draw import Scale
 
 LANES_WORKFLOWS = 16  # up to here every workflow has lanes and a name
 ROWS = 120  # thin rows of a larger run
-BARS = 2400  # calls drawn in one arm
+BARS = 1500  # calls drawn in one arm
 NAME, LANE, GAP, ROW = 15, 9, 5, 5  # pixels
 
 
@@ -135,14 +135,14 @@ def told(story: Story, calls: Calls) -> dict[str, Any]:
         "role": story.role,
         "stage": story.stage,
         "id": story.id,
-        "at_s": story.arrived_s - calls.began_s,
-        "queued_s": story.queued_s,
+        "at_s": _brief(story.arrived_s - calls.began_s),
+        "queued_s": _brief(story.queued_s),
         "ahead": story.ahead,
         "engine": engine,
         "reason": dispatch.reason if dispatch else "",
-        "first_s": first_s - last.began_s if last and first_s is not None else None,
-        "stream_s": story.ended_s - first_s if first_s is not None and story.ended_s is not None else None,
-        "total_s": story.ended_s - story.arrived_s if story.ended_s is not None else None,
+        "first_s": _brief(first_s - last.began_s) if last and first_s is not None else None,
+        "stream_s": _brief(story.ended_s - first_s) if first_s is not None and story.ended_s is not None else None,
+        "total_s": _brief(story.ended_s - story.arrived_s) if story.ended_s is not None else None,
         "end": story.end,
         "why": story.why,
         "failures": failures,
@@ -154,3 +154,8 @@ def told(story: Story, calls: Calls) -> dict[str, Any]:
         "predicted": dispatch.predicted_tokens if dispatch else None,
         "bound": dispatch.bound_tokens if dispatch else None,
     }
+
+
+def _brief(seconds: float) -> float:
+    """To a tenth of a millisecond: a hover shows hundredths of a second."""
+    return round(seconds, 4)
