@@ -10,17 +10,20 @@ from made_up import BLOCK, simulate, train, workload
 
 from outrider.lab import report
 from outrider.lab.simulate import profiles
+from outrider.memory.settings import Hybrid
 from outrider.memory.settings import Settings as MemorySettings
 
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> report.Run:
-    """Two arms, memory with a disk, three micro-steps of two layers on two ranks."""
+    """Two arms, memory with a hybrid tier and a disk, three micro-steps of two layers on two ranks."""
     root = tmp_path_factory.mktemp("simulated")
     page = BLOCK * profiles.named(profiles.EMBEDDED).kv_bytes_per_token
     figures: dict[str, Any] = {
         "baseline": simulate(root / "baseline", workload(), None),
-        "outrider": simulate(root / "outrider", workload(), MemorySettings(60 * page, 400 * page)),
+        "outrider": simulate(
+            root / "outrider", workload(), MemorySettings(60 * page, 400 * page, hybrid=Hybrid(80 * page, 20 * page))
+        ),
         "experts": {
             "max_over_mean_static": 1.5,
             "max_over_mean_balanced": 1.0,
