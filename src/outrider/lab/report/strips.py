@@ -84,7 +84,8 @@ def held(memory: Memory, place: str, zero_s: float, ends_s: float, x: Scale, siz
     capacity = memory.capacity_bytes[place]
     peak = max((value for _, value in levels), default=0.0)
     top, says = (capacity, size(capacity)) if peak > capacity / 4 else (max(peak, 1.0), f"{size(peak)}, its peak")
-    return level(place, f"tier tier-{place}", levels, ends_s, x, top, says)
+    title = "cache of the hybrid device" if place == "cache" else place
+    return level(title, f"tier tier-{place}", levels, ends_s, x, top, says)
 
 
 def moved(memory: Memory, way: str, zero_s: float, ends_s: float, x: Scale, size: Callable[[float], str]) -> Strip:
