@@ -59,6 +59,7 @@ class Flow(NamedTuple):
     seen_E: Array
     wide_R: Array
     deep_R: Array
+    picks_RP: Array
 
 
 def flow_of(experts: int, ranks: int, slots: int) -> Flow:
@@ -79,6 +80,7 @@ def flow_of(experts: int, ranks: int, slots: int) -> Flow:
         seen_E=column.copy(),
         wide_R=row.copy(),
         deep_R=row.copy(),
+        picks_RP=np.zeros((ranks, 4), dtype=np.int64),
     )
 
 
@@ -142,6 +144,19 @@ def push(flow: Flow, most: int) -> int:
     ranks hold `most` at least.
     """
     load_R, tokens_ER = flow.load_R, flow.tokens_ER
+    for r in range(load_R.size):  # paths of one step, which are most, without a search
+        for i in range(flow.on_R[r]):
+            if load_R[r] <= most:
+                break
+            e = flow.on_RX[r, i]
+            for j in range(flow.at_E[e]):
+                other = flow.at_EH[e, j]
+                amount = min(tokens_ER[e, r], load_R[r] - most, most - load_R[other])
+                if amount > 0:
+                    tokens_ER[e, r] -= amount
+                    tokens_ER[e, other] += amount
+                    load_R[r] -= amount
+                    load_R[other] += amount
     while True:
         flow.seen_R[:] = 0
         flow.seen_E[:] = 0
@@ -274,40 +289,66 @@ def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, in
 
 
 @njit(cache=True)
-def _choose(flow: Flow, given: Layer, replicas_RS: Array) -> tuple[int, int, int, int]:
-    """The copy that drains most, less what its slot computes now: gain, expert, rank, slot; gain 0 where none drains.
+def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
+    """For each rank the copy that drains most there, less what its slot computes now: `picks_RP`; the most of all.
 
-    Copies inside a node come first: only where none of them drains anything is one brought from another node.
+    picks_RP [ranks, 4]: gain, expert, from rank, slot. across: copies from another node, or only from the own one.
     """
     ranks = given.slots_R.size
-    best, best_worth, chosen = 0, -1, (0, -1, -1, -1)
+    most = 0
     off_R = flow.queue_R  # what one expert can take off each rank at most
     for u in range(ranks):
         off_R[u] = 0
         for i in range(flow.on_R[u]):
             off_R[u] = max(off_R[u], min(flow.wide_R[u], flow.tokens_ER[flow.on_RX[u, i], u]))
-    for across in range(2):
-        for r in range(ranks):
-            if flow.seen_R[r] == 1 or flow.deep_R[r] < max(best, 1):
+    for r in range(ranks):
+        flow.picks_RP[r, 0] = 0
+        if flow.seen_R[r] == 1 or flow.deep_R[r] * 2 < max(most, 1):
+            continue
+        slot, loss = _slot(flow, given, replicas_RS, r)
+        if slot < 0:
+            continue
+        best, best_worth = 1, -1
+        for u in range(ranks):
+            limit = min(flow.deep_R[r] + loss, off_R[u])
+            if limit - loss < best:
                 continue
-            slot, loss = _slot(flow, given, replicas_RS, r)
-            if slot < 0:
-                continue
-            for u in range(ranks):
-                limit = min(flow.deep_R[r] + loss, off_R[u])
-                if limit - loss < best or limit == 0:
+            for i in range(flow.on_R[u]):
+                e = flow.on_RX[u, i]
+                gain = min(limit, flow.tokens_ER[e, u]) - loss
+                if gain < best or flow.held_ER[e, r] == 1 or across == _near(flow, given, e, r):
                     continue
-                for i in range(flow.on_R[u]):
-                    e = flow.on_RX[u, i]
-                    gain = min(limit, flow.tokens_ER[e, u]) - loss
-                    if gain < max(best, 1) or flow.held_ER[e, r] == 1 or (across == 0) != _near(flow, given, e, r):
-                        continue
-                    worth = _worth(given, e, r)
-                    if gain > best or worth > best_worth:
-                        best, best_worth, chosen = gain, worth, (gain, e, r, slot)
-        if best > 0:
-            break
-    return chosen
+                worth = _worth(given, e, r)
+                if gain > best or worth > best_worth:
+                    best, best_worth = gain, worth
+                    pick = flow.picks_RP[r]
+                    pick[0], pick[1], pick[2], pick[3] = gain, e, u, slot
+        most = max(most, flow.picks_RP[r, 0])
+    return most
+
+
+@njit(cache=True)
+def _bring_best(flow: Flow, given: Layer, replicas_RS: Array, most: int, first: int) -> None:
+    """Bring the best picks, as long as each still drains half of what the first did."""
+    while True:
+        r = 0
+        for other in range(given.slots_R.size):
+            if flow.picks_RP[other, 0] > flow.picks_RP[r, 0]:
+                r = other
+        gain, e, u, s = flow.picks_RP[r, 0], flow.picks_RP[r, 1], flow.picks_RP[r, 2], flow.picks_RP[r, 3]
+        if gain * 2 < max(first, 1):
+            return
+        flow.picks_RP[r, 0] = 0
+        if flow.wide_R[u] * 2 < first or flow.tokens_ER[e, u] * 2 < first:
+            continue
+        _bring(flow, given, replicas_RS, e, r, s)
+        flow.wide_R[u] -= gain
+        amount = min(flow.tokens_ER[e, u], flow.load_R[u] - most, most - flow.load_R[r])
+        if amount > 0:
+            flow.tokens_ER[e, u] -= amount
+            flow.tokens_ER[e, r] += amount
+            flow.load_R[u] -= amount
+            flow.load_R[r] += amount
 
 
 @njit(cache=True)
@@ -339,10 +380,12 @@ def improve(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
             return
         before = excess
         _measure(flow, most)
-        gain, e, r, s = _choose(flow, given, replicas_RS)
+        gain = _choose(flow, given, replicas_RS, False)
+        if gain == 0:
+            gain = _choose(flow, given, replicas_RS, True)
         if gain == 0:
             return
-        _bring(flow, given, replicas_RS, e, r, s)
+        _bring_best(flow, given, replicas_RS, most, gain)
 
 
 @njit(cache=True)
