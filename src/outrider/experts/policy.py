@@ -25,10 +25,13 @@ from outrider.experts.events import (
     Ran,
     Release,
     ReturnGradients,
+    Stage,
     Tally,
     Use,
 )
 from outrider.experts.plan import Plan, contiguous_homes, plan
+
+HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -67,7 +70,13 @@ class Policy:
                 self.counts_MLRE = self._checked(counts_MLRE)
                 return []
             case Began(stage, batch):
-                step = plan(self._counts(batch), self.settings.slots, self.homes_E, self.replicas_LRS)
+                step = plan(
+                    self._counts(batch),
+                    self.settings.slots,
+                    self.homes_E,
+                    self.replicas_LRS,
+                    ahead_HLE=self._ahead(stage, batch),
+                )
                 commands: list[Command] = []
                 refilled_LRS = self.replicas_LRS != step.replicas_LRS
                 self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
@@ -103,6 +112,15 @@ class Policy:
             raise CallerError(f"micro-batch {batch}: {foreseen} were foreseen. Foresee all before the first.")
         counts_LRE: Array = self.counts_MLRE[batch]
         return counts_LRE
+
+    def _ahead(self, stage: Stage, batch: int) -> Array:
+        """Load of the micro-steps after this one, [steps, layers, experts]; after recompute the update begins anew."""
+        assert self.counts_MLRE is not None
+        order = list(range(batch + 1, len(self.counts_MLRE)))
+        if stage == "recompute":
+            order += range(len(self.counts_MLRE))
+        load_HLE: Array = self.counts_MLRE[order[:HORIZON]].sum(axis=2)
+        return load_HLE
 
     def _return_gradients(self, which_LRS: Mask, commands: list[Command]) -> None:
         layer, rank, slot = np.nonzero(which_LRS)
