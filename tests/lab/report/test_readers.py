@@ -1,6 +1,7 @@
 """The readers: spans are those of the journal, without holes; levels and sums are exact."""
 
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def test_late_news_of_an_attempt_changes_nothing(tmp_path: Path) -> None:
     assert calls.waiting(read) == [(1.0, 0), (6.0, 1), (7.0, 0)]
     assert (read.probes[0].kv_used, read.kv_tokens) == (25.0, {"http://b": 100})
     assert list(read.by_workflow()) == ["gone", "open"], "a call of no workflow stands for itself"
+
+
+def test_a_large_run_is_drawn_in_time(tmp_path: Path) -> None:
+    """6,000 calls: page and trace within 3 seconds of work, as it must be after a simulation."""
+    usage = ev.Usage(500, 20, 100, 0, False)
+    lines = [line for i in range(6000) for line in one_call(f"c{i}", [i, i + 1.0, i + 2.0, i + 9.0], 1, usage)]
+    wrote(tmp_path, lines)
+    began_s = time.process_time()
+    report.write(tmp_path / "r.html", report.Run("large", True, [report.Arm("a", tmp_path, {})], figures={"a": {}}))
+    assert time.process_time() - began_s < 3.0
+    assert (tmp_path / "r.html").stat().st_size < 2**21
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 50), min_size=1, max_size=5))

@@ -4,6 +4,7 @@ Pure but for reading the file. Called by `run.py` and `trace.py`. Times are seco
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -61,9 +62,9 @@ class Probe:
     waiting: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Calls:
-    """A whole journal. `engines` in the order of the settings; `wants` as (time, want) handed to memory."""
+    """A whole journal, read to its end. `engines` in the order of the settings; `wants` as (time, want) to memory."""
 
     engines: tuple[str, ...] = ()
     stories: dict[str, Story] = field(default_factory=dict)
@@ -72,12 +73,12 @@ class Calls:
     wants: list[tuple[float, Want]] = field(default_factory=list)
     last_s: float = 0.0
 
-    @property
+    @cached_property
     def began_s(self) -> float:
         """The first arrival: zero of the report's time axis."""
         return min((story.arrived_s for story in self.stories.values()), default=self.last_s)
 
-    @property
+    @cached_property
     def ended_s(self) -> float:
         """The last ending of a call."""
         return max((story.until_s(self.last_s) for story in self.stories.values()), default=self.last_s)
