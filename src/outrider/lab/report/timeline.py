@@ -1,7 +1,7 @@
 """The timeline of one arm: workflows as rows, their calls as bars in lanes, the line and the engines below. Pure.
 
 Called by `page.py`. A picture stays readable at any size: few workflows show every call in lanes; many share one thin
-row each; of very many every n-th is drawn, and the page says so. What stands below the rows counts all of them.
+row each; of very many one in so many is drawn, and the page says so. What stands below the rows counts all of them.
 """
 
 from collections.abc import Sequence
@@ -50,12 +50,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Timeline:
-    """`every`: each n-th workflow is drawn. `stories`: what a hover tells, one for each bar."""
+    """`every`: one workflow in so many is drawn; `bars_every`: of its calls, one in so many.
+
+    stories  what a hover tells, one for each bar
+    """
 
     rows: list[Row]
     height: int
     every: int
-    workflows: int
+    bars_every: int
     named: bool
     stories: list[dict[str, Any]] = field(default_factory=list)
 
@@ -65,6 +68,7 @@ def timeline(calls: Calls, x: Scale, first: int = 0) -> Timeline:
     flows = list(calls.by_workflow().items())
     named = len(flows) <= LANES_WORKFLOWS and len(calls.stories) <= BARS
     every = 1 if named else _every(flows)
+    bars_every = -(-sum(len(flow) for _, flow in flows[::every]) // BARS) or 1
     rows: list[Row] = []
     stories: list[dict[str, Any]] = []
     y = 0
@@ -73,13 +77,13 @@ def timeline(calls: Calls, x: Scale, first: int = 0) -> Timeline:
         spans = [(story.arrived_s, story.until_s(calls.ended_s)) for story in flow]
         lanes = laid_out(spans) if named else [0] * len(flow)
         bars = []
-        for story, lane in zip(flow, lanes, strict=True):
+        for story, lane in list(zip(flow, lanes, strict=True))[::bars_every]:
             bars.append(Bar(first + len(stories), top + lane * LANE, _drawn(story, calls, x), story.end != "Settle"))
             stories.append(told(story, calls))
         ended_s = max(story.until_s(calls.ended_s) for story in flow)
         rows.append(Row(name, y, x(ended_s - calls.began_s), ended_s - flow[0].arrived_s, bars))
         y = top + LANE * (max(lanes, default=0) + 1) + GAP if named else y + ROW
-    return Timeline(rows, y, every, len(flows), named, stories)
+    return Timeline(rows, y, every, bars_every, named, stories)
 
 
 def _drawn(story: Story, calls: Calls, x: Scale) -> list[Piece]:
