@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     nodes_R: Array
     ahead_HE: Array  # token-slots of each expert
     over_HR: Array  # load at home over ceil(mean) of each rank; negative: room
+    least_gain: int  # tokens that a new copy must drain to be worth its move
 
 
 class Proof(NamedTuple):
@@ -303,12 +304,12 @@ def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
             off_R[u] = max(off_R[u], min(flow.wide_R[u], flow.tokens_ER[flow.on_RX[u, i], u]))
     for r in range(ranks):
         flow.picks_RP[r, 0] = 0
-        if flow.seen_R[r] == 1 or flow.deep_R[r] * 2 < max(most, 1):
+        if flow.seen_R[r] == 1 or flow.deep_R[r] < given.least_gain or flow.deep_R[r] * 2 < most:
             continue
         slot, loss = _slot(flow, given, replicas_RS, r)
         if slot < 0:
             continue
-        best, best_worth = 1, -1
+        best, best_worth = given.least_gain, -1
         for u in range(ranks):
             limit = min(flow.deep_R[r] + loss, off_R[u])
             if limit - loss < best:
@@ -336,7 +337,7 @@ def _bring_best(flow: Flow, given: Layer, replicas_RS: Array, most: int, first: 
             if flow.picks_RP[other, 0] > flow.picks_RP[r, 0]:
                 r = other
         gain, e, u, s = flow.picks_RP[r, 0], flow.picks_RP[r, 1], flow.picks_RP[r, 2], flow.picks_RP[r, 3]
-        if gain * 2 < max(first, 1):
+        if gain * 2 < max(first, 1):  # taken or none: zero
             return
         flow.picks_RP[r, 0] = 0
         if flow.wide_R[u] * 2 < first or flow.tokens_ER[e, u] * 2 < first:
@@ -418,7 +419,7 @@ def rough(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
             if some > amount or worth > best_worth:
                 chosen, amount, best_worth = e, some, worth
         first = max(first, amount)
-        if chosen < 0 or amount * 2 < first:
+        if amount < given.least_gain or amount * 2 < first:
             return
         _bring(flow, given, replicas_RS, chosen, cold, slot)
         flow.tokens_ER[chosen, hot] -= amount
@@ -489,6 +490,7 @@ def place(
     nodes_R: Array,
     previous_LRS: Array,
     ahead_LHE: Array,
+    least_gain: int,
     replicas_LRS: Array,
     most_L: Array,
     proof_LE: Array,
@@ -509,7 +511,7 @@ def place(
             over_HR[h] = -ahead_LHE[layer, h].sum() // ranks
             for e in range(experts):
                 over_HR[h, homes_LE[layer, e]] += ahead_LHE[layer, h, e]
-        given = Layer(homes_LE[layer], slots_R, nodes_R, ahead_LHE[layer], over_HR)
+        given = Layer(homes_LE[layer], slots_R, nodes_R, ahead_LHE[layer], over_HR, least_gain)
         proof = Proof(proof_LE[layer], proof_LR[layer])
         most_L[layer] = _place_layer(
             flow, load_LE[layer], ranks, given, previous_LRS[layer], replicas_LRS[layer], proof
