@@ -14,9 +14,10 @@
 This much needs numpy, and numba from the first call on. Carrying plans out on a torch model: `layer.py`, `move.py`.
 """
 
+from outrider.experts.eplb import rebalance_experts
 from outrider.experts.foresee import foresee
 from outrider.experts.plan import Plan, contiguous_homes, plan
 from outrider.experts.policy import Policy, Settings
 from outrider.experts.split import Split, split
 
-__all__ = ["Plan", "Policy", "Settings", "Split", "contiguous_homes", "foresee", "plan", "split"]
+__all__ = ["Plan", "Policy", "Settings", "Split", "contiguous_homes", "foresee", "plan", "rebalance_experts", "split"]
