@@ -1,12 +1,12 @@
 """The simulator's clock and engine against queueing theory: mean response times within 1 %.
 
-A job of the theory is a request with a prompt of one token; its service is its output tokens times a fixed time, so that
-service is exactly geometric or two-valued and its moments are known. Arrivals are Poisson, all is seeded.
+A job of the theory is a request with a prompt of one token; its service is its output tokens times a fixed time, so
+that service is exactly geometric or two-valued and its moments are known. Arrivals are Poisson, all is seeded.
 
 A plain mean over a hundred thousand jobs still errs by 1 %, since the sample's own load differs from the true one. So
 what is known exactly serves as a control variate: means of service and gaps, and, for sharing and SRPT, the work that
-each job finds, which is the same under every order that never idles (its mean is Pollaczek's and Khinchine's, its sample
-Lindley's). What is left is under 0.35 %, estimated from batches and asserted.
+each job finds, which is the same under every order that never idles (its mean is Pollaczek's and Khinchine's, its
+sample Lindley's). What is left is under 0.35 %, estimated from batches and asserted.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Named modelled engines, each with where its constants come from. Facts and small numbers; pure.
 
-KV bytes a token are arithmetic from the models' published shapes; `kv_tokens` of the GPU profiles too: 0.9 of 96 GB, less
-weights and 3 GB. Copies between host and GPU are taken as PCIe 5 x16, between processes of one machine as measured.
+KV bytes a token are arithmetic from the models' published shapes; `kv_tokens` of the GPU profiles too: 0.9 of 96 GB,
+less weights and 3 GB. Copies between host and GPU are taken as PCIe 5 x16, those of one machine's memory as measured.
 """
 
 from outrider.errors import CallerError

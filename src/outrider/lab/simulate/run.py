@@ -27,6 +27,7 @@ from outrider.lab.traces.workload import Workload
 from outrider.lab.twins.speed import Profile
 from outrider.memory.settings import Settings as MemorySettings
 from outrider.memory.tiers.disk import HEADER_BYTES
+from outrider.memory.tiers.hybrid import modelled
 from outrider.memory.tiers.spec import parse_tiers
 
 ENGINES = 2
@@ -112,7 +113,8 @@ def _memory(tiers: str) -> MemorySettings | None:
     if tiers == "none":
         return None
     found = parse_tiers(tiers, default_path=Path("simulated"))
-    return MemorySettings(found.host_bytes, found.disk_bytes, header_bytes=HEADER_BYTES)
+    device = modelled(found.hybrid) if found.hybrid else None
+    return MemorySettings(found.host_bytes, found.disk_bytes, header_bytes=HEADER_BYTES, hybrid=device)
 
 
 def _about(options: Options, workload: Workload, fleet: arm.Fleet, fit: calibrate.Fit | None) -> dict[str, Any]:

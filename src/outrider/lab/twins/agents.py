@@ -214,7 +214,8 @@ class AgentsTwin:
         """A limit has passed: the connection is closed, which stops the engine."""
         limit_s = dispatch.total_s if flight.started else dispatch.first_byte_s
         self._hang_up(flight)
-        self.feed(ev.Failed(dispatch.call, dispatch.attempt, "timeout", f"limit {limit_s:.1f} s", flight.started))
+        failed = ev.Failed(dispatch.call, dispatch.attempt, "timeout", f"limit {limit_s:.1f} s", flight.started)
+        self.clock.at(self.clock.now, partial(self.feed, failed))
 
     def _hang_up(self, flight: Flight) -> None:
         job, dispatch = flight.job, flight.dispatch
