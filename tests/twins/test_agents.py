@@ -19,7 +19,7 @@ from outrider import journal
 from outrider.agents import events as ev
 from outrider.agents.settings import GatewaySettings
 from outrider.lab.twins.agents import AgentsTwin, Flight, Work
-from outrider.lab.twins.engine import Job
+from outrider.lab.twins.job import Job
 
 NO_CHAIN = np.zeros(0, np.int64)
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from outrider.lab.clock import Clock
 from outrider.lab.limits.order import shortest_remaining
-from outrider.lab.twins.engine import Engine, Job, Order, by_arrival
+from outrider.lab.twins.engine import Engine
+from outrider.lab.twins.job import Job, Order, by_arrival
 from outrider.lab.twins.pool import Pool
 from outrider.lab.twins.speed import Speed
 

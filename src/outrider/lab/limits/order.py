@@ -5,7 +5,7 @@ at a time for the first in order, and whose order is this one, serves shortest r
 which no order beats in mean response time on one server. Hand it to `lab.twins.engine.Engine` as `order`.
 """
 
-from outrider.lab.twins.engine import Job
+from outrider.lab.twins.job import Job
 
 
 def shortest_remaining(job: Job) -> tuple[float, ...]:

@@ -20,7 +20,8 @@ from outrider import journal
 from outrider.agents import events as ev
 from outrider.errors import CallerError
 from outrider.lab.clock import Clock
-from outrider.lab.twins.engine import Engine, Job
+from outrider.lab.twins.engine import Engine
+from outrider.lab.twins.job import Job
 from outrider.lab.twins.pool import Pool
 from outrider.lab.twins.speed import Profile, Speed
 

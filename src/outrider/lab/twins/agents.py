@@ -17,7 +17,7 @@ from outrider.agents.settings import GatewaySettings
 from outrider.errors import LawBroken
 from outrider.journal import Journal
 from outrider.lab.clock import Clock, Timer
-from outrider.lab.twins.engine import Job
+from outrider.lab.twins.job import Job
 from outrider.lab.twins.pool import Ids
 from outrider.wants import Want
 

@@ -10,67 +10,13 @@ arrives meanwhile cuts them off at the end of the step under way. `order` sorts 
 
 import math
 from bisect import insort
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from outrider.errors import LawBroken
 from outrider.lab.clock import Clock, Timer
-from outrider.lab.twins.pool import Ids, Pool
+from outrider.lab.twins.job import Hook, Job, Order, by_arrival
+from outrider.lab.twins.pool import Pool
 from outrider.lab.twins.speed import Speed
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request at an engine. `chain`: ids of the whole blocks of prompt and output, as far as they have any."""
-
-    id: str
-    prompt_tokens: int
-    output_tokens: int
-    chain: Ids
-    on_first: Callable[[], object]  # the first token is out
-    on_finished: Callable[[], object]
-    on_failed: Callable[[str, str], object]  # kind as in `agents.events.Failed`, and why
-    priority: int = 0
-
-    arrival: int = 0
-    computed: int = 0  # tokens whose keys and values are in the pool
-    generated: int = 0
-    named: int = 0  # leading blocks of `chain` that it holds
-    private: int = 0  # further blocks that it holds
-    external: int | None = 0  # leading blocks that memory can give; None: being looked up
-    own_blocks: int = 0  # found in the engine's cache at the first admission
-    external_blocks: int = 0  # loaded from memory then
-    tiers: dict[str, int] = field(default_factory=dict)  # of those, by the place where each lay
-    admitted: bool = False
-    closed: bool = False
-    passed: int = 0  # tokens computed for it, those twice after a preemption included
-    lost: int = 0  # of them, thrown away by preemptions
-
-    @property
-    def left(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return self.prompt_tokens + self.generated - self.computed
-
-
-class Hook(Protocol):
-    """The engine's side of memory; none of these calls waits. See `lab/engine/hook.py`."""
-
-    def look_up(self, job: Job) -> None: ...
-
-    def load(self, job: Job) -> None: ...
-
-    def save(self, job: Job, start: int, stop: int) -> None: ...
-
-    def remember(self, job: Job) -> None: ...
-
-
-Order = Callable[[Job], tuple[float, ...]]
-
-
-def by_arrival(job: Job) -> tuple[float, ...]:
-    """vLLM's sign of priority, ties by arrival."""
-    return (job.priority, job.arrival)
 
 
 @dataclass(slots=True)
@@ -231,12 +177,14 @@ class Engine:
         self.steps += stretch.steps
         self.busy_s += stretch.lasts_s(stretch.steps)
         self._accounting = True
+        if stretch.steps > 1:
+            for job, _ in stretch.chunks:  # all at once: none of them had ended when the others grew
+                if not job.closed:
+                    self._grow_to(job, job.computed + stretch.steps)
         for job, count in stretch.chunks:
             if job.closed:
                 continue
             tokens = count if stretch.steps == 1 else stretch.steps
-            if stretch.steps > 1:
-                self._grow_to(job, job.computed + tokens)
             sampled = stretch.steps if count == 1 and job.left == 1 else int(job.left == count)
             job.passed += tokens
             self._advance(job, tokens)
@@ -293,7 +241,10 @@ class Engine:
         for job in sorted(self.running, key=lambda job: (job.left > 1, order(job))):
             budget -= self._give(job, budget, chunks)
         for job in list(self.waiting):
-            if self.preemptions > preempted or len(self.running) + len(self.loading) >= self.max_num_seqs:
+            if self.preemptions > preempted:
+                self._settled = False  # newcomers have their turn in the next step
+                break
+            if len(self.running) + len(self.loading) >= self.max_num_seqs:
                 break
             if job.external is None or self._joins(job):
                 continue  # memory has not answered yet, or another is just computing the same prefix

@@ -11,7 +11,8 @@ from functools import partial
 
 from outrider.errors import LawBroken
 from outrider.lab.clock import Clock
-from outrider.lab.twins.engine import Engine, Job
+from outrider.lab.twins.engine import Engine
+from outrider.lab.twins.job import Job
 from outrider.lab.twins.links import Crew, Lane
 from outrider.lab.twins.memory import Answer, MemoryTwin
 from outrider.lab.twins.pool import Ids
