@@ -60,6 +60,13 @@ class Order(StrEnum):
     srtf = "srtf"
 
 
+class Engine(StrEnum):
+    """What the demo runs its agents on."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+
+
 class Routing(StrEnum):
     """How the gateway chooses an engine."""
 
@@ -209,11 +216,28 @@ def demo(
         Path | None, typer.Option(help="Existing directory for journals and logs; default: deleted at the end.")
     ] = None,
     report: ReportFile = Path("outrider-report.html"),
+    engine: Annotated[
+        Engine, typer.Option(help="embedded, or vllm: two vLLM CPU servers, one core each (`make .venv-vllm`).")
+    ] = Engine.embedded,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Interpreter that has vLLM and outrider; default: .venv-vllm of this checkout, or the PATH."),
+    ] = None,
 ) -> None:
     """The main job: a multi-agent code review, live, without and with Outrider; then one RL step on 2 ranks."""
     from outrider.lab.demo import run
 
-    run.run(run.Options(repo=repo, quick=quick, json=json, keep=keep, report=_wanted(report)))
+    run.run(
+        run.Options(
+            repo=repo,
+            quick=quick,
+            json=json,
+            keep=keep,
+            report=_wanted(report),
+            engine=engine.value,
+            vllm_python=vllm_python,
+        )
+    )
 
 
 @app.command(epilog="Example:  outrider report kept/outrider-1a2b3c4d")

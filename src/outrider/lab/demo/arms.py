@@ -7,6 +7,7 @@ outrider   remaining work first, routing by residency and load, KV blocks in mem
 import asyncio
 import contextlib
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 
 from outrider import journal, memory
+from outrider.lab import vllm_server
 from outrider.lab.demo import caller
 from outrider.lab.demo.workload import Workflow
 from outrider.lab.processes import Child, Children, await_http, await_path, free_port
@@ -29,14 +31,23 @@ START_S = 120.0  # an engine loads its weights, and the first one converts them
 
 
 @dataclass(frozen=True)
+class Vllm:
+    """Where vLLM's interpreter and the model's files are."""
+
+    python: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Fleet:
-    """What both arms run on. `tiers` is used by the outrider arm alone."""
+    """What both arms run on. `tiers` is used by the outrider arm alone; `vllm` None: the embedded engine."""
 
     model: str
     kv_tokens: int  # of each engine
     tiers: str
     engines: int = 2
     max_num_seqs: int = 8
+    vllm: Vllm | None = None
 
 
 @dataclass
@@ -76,22 +87,7 @@ def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
             await_path(server, socket, START_S)
         ports = [free_port() for _ in range(fleet.engines)]
         attach = ["--memory", str(socket)] if socket else []
-        engines = [
-            children.outrider(
-                f"engine-{i}",
-                "engine",
-                "--model",
-                fleet.model,
-                "--port",
-                str(port),
-                "--kv-tokens",
-                str(fleet.kv_tokens),
-                "--max-num-seqs",
-                str(fleet.max_num_seqs),
-                *attach,
-            )
-            for i, port in enumerate(ports)
-        ]
+        engines = [_engine(children, fleet, number, port, socket) for number, port in enumerate(ports)]
         for engine, port in zip(engines, ports, strict=True):
             await_http(engine, f"http://127.0.0.1:{port}/health", START_S)
         gateway_port = free_port()
@@ -108,6 +104,27 @@ def running(name: str, fleet: Fleet, run_dir: Path) -> Iterator[Running]:
         yield Running(url, engine_urls, engines, gateway, server, socket, own / "agents.jsonl")
 
 
+def _engine(children: Children, fleet: Fleet, number: int, port: int, socket: Path | None) -> Child:
+    """Start one engine, on a core of its own where it is vLLM."""
+    name = f"engine-{number}"
+    if fleet.vllm is None:
+        options = ["--model", fleet.model, "--port", str(port), "--kv-tokens", str(fleet.kv_tokens)]
+        options += ["--max-num-seqs", str(fleet.max_num_seqs)]
+        return children.outrider(name, "engine", *options, *(["--memory", str(socket)] if socket else []))
+    cores = sorted(os.sched_getaffinity(0))
+    engine = vllm_server.Engine(
+        fleet.vllm.python,
+        fleet.vllm.folder,
+        port,
+        cores[number % len(cores)],
+        fleet.kv_tokens,
+        socket,
+        max_num_seqs=fleet.max_num_seqs,
+        name=fleet.model,
+    )
+    return vllm_server.start(children, name, engine)
+
+
 def play(
     arm: Running, model: str, workflows: list[Workflow], on_answer: Callable[[caller.Answer], None]
 ) -> dict[str, Any]:
@@ -120,14 +137,15 @@ def play(
         with contextlib.closing(memory.connect(arm.socket, timeout_s=10, name="demo")) as store:
             stats = store.stats()
         moved = stats["moved_bytes"]
+    alive = [url for url, engine in zip(arm.engine_urls, arm.engines, strict=True) if engine.running]
     figures = _figures(record, workflows)
+    # vLLM's usage does not tell memory's part of the cached tokens, its metrics do
+    figures["prompt_tokens_from_memory"] = figures["prompt_tokens_from_memory"] or sum(map(_external_tokens, alive))
     return {
         **figures,
         "prompt_tokens_from": _sources(figures, stats.get("hit_blocks_by_tier", {})),
         **_ledger_of_calls(arm.journal),
-        "preemptions": sum(
-            _preemptions(url) for url, engine in zip(arm.engine_urls, arm.engines, strict=True) if engine.running
-        ),
+        "preemptions": sum(map(_preemptions, alive)),
         "failed_attempts": gateway["failed_attempts"],
         "kv": _kv(gateway),
         "bytes_moved": moved,
@@ -174,9 +192,18 @@ def _ledger_of_calls(path: Path) -> dict[str, int]:
 
 def _preemptions(url: str) -> int:
     """Requests whose blocks were taken and which computed again, as the engine counts them."""
+    return _counted(url, r"num_preemptions_total\S*")
+
+
+def _external_tokens(url: str) -> int:
+    """Prompt tokens that came through a KV connector, as vLLM counts them; 0 of an engine that has no such word."""
+    return _counted(url, r'prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\}')
+
+
+def _counted(url: str, series: str) -> int:
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        found = re.search(rb"^vllm:num_preemptions_total\S* (\S+)$", answer.read(), re.M)
-    return int(float(found.group(1))) if found else 0
+        found = re.search(rf"^vllm:{series} (\S+)$", answer.read().decode(), re.MULTILINE)
+    return int(float(found[1])) if found else 0
 
 
 def _figures(record: caller.Record, workflows: list[Workflow]) -> dict[str, Any]:

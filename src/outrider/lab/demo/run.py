@@ -4,6 +4,7 @@ Everything it starts ends with it, on Ctrl-C too, and what it wrote is deleted u
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -20,12 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import outrider
 from outrider.errors import CallerError
-from outrider.lab import report
+from outrider.lab import report, vllm_server
 from outrider.lab.demo import arms, table, training, workload
 
 FULL = arms.Fleet(model="smollm2", kv_tokens=1792, tiers="host=512MiB,disk=4GiB")
 QUICK = arms.Fleet(model="tiny-moe", kv_tokens=1152, tiers="host=8MiB,disk=512MiB")
 ARMS = ("baseline", "outrider")
+WEIGHTS = {"smollm2": "real trained weights", "tiny-moe": "random weights: its words mean nothing"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Options:
     json: Path | None = None
     keep: Path | None = None
     report: Path | None = None
+    engine: str = "embedded"  # or vllm
+    vllm_python: Path | None = None  # None: beside the checkout, or on the PATH
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -44,13 +48,14 @@ def run(options: Options) -> dict[str, Any]:
     out = Console(stderr=False)
     _check(options)
     shape = workload.QUICK if options.quick else workload.Shape()
-    fleet = QUICK if options.quick else FULL
+    fleet = _fleet(options)
     roots = (options.repo.resolve(),) if options.repo else workload.default_repo()
     workflows = workload.build(roots, shape)
     calls = sum(workflow.calls for workflow in workflows)
     out.print(
         f"Reviewing {', '.join(str(root) for root in roots)}: {len(workflows)} workflows, {calls} calls, "
-        f"{fleet.engines} engines of {fleet.kv_tokens} KV tokens, model {fleet.model}.",
+        f"{fleet.engines} {'vLLM' if fleet.vllm else 'embedded'} engines of {fleet.kv_tokens} KV tokens, "
+        f"model {fleet.model}.",
         soft_wrap=True,
     )
     began_s = time.monotonic()
@@ -75,6 +80,16 @@ def run(options: Options) -> dict[str, Any]:
             report.write(options.report, told)
             out.print(f"Report: {options.report}, trace: {report.trace_path(options.report)}", soft_wrap=True)
     return result
+
+
+def _fleet(options: Options) -> arms.Fleet:
+    fleet = QUICK if options.quick else FULL
+    if options.engine == "embedded":
+        return fleet
+    python = vllm_server.find_python(options.vllm_python)
+    from outrider.lab.engine import models  # transformers: heavy, and only here needed in this process
+
+    return dataclasses.replace(fleet, vllm=arms.Vllm(python, models.directory(fleet.model)))
 
 
 def _check(options: Options) -> None:
@@ -141,7 +156,9 @@ def _same(result: dict[str, Any]) -> int:
 
 
 def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], wall_s: float) -> dict[str, Any]:
-    weights = "real trained weights" if fleet.model == "smollm2" else "random weights: its words mean nothing"
+    engines = "Outrider's embedded CPU engine, one thread each, not vLLM or SGLang"
+    if fleet.vllm:
+        engines = "vLLM's CPU build, in float32, one core each; the baseline is vLLM with its own prefix cache"
     low_s, high_s = shape.pause_s
     return {
         "outrider": outrider.__version__,
@@ -149,14 +166,15 @@ def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], 
         "processor": platform.machine(),
         "python": platform.python_version(),
         "model": fleet.model,
+        "engine": "vllm" if fleet.vllm else "embedded",
         "engines": fleet.engines,
         "kv_tokens": fleet.kv_tokens,
         "tiers": fleet.tiers,
         "repo": [str(root) for root in roots],
         "wall_s": wall_s,
         "plainly": [
-            "The engines are Outrider's embedded CPU engine, one thread each, not vLLM or SGLang.",
-            f"{fleet.model} has {weights}.",
+            f"The engines are {engines}.",
+            f"{fleet.model} has {WEIGHTS[fleet.model]}.",
             f"Tools are real, their durations emulated: {low_s:g} to {high_s:g} s, the same in both arms.",
             "The RL step runs tiny-moe (random weights) on 2 gloo processes of this machine.",
             "Prompt tokens computed are prompts less what engines reported as reused; preempted work is not in it.",
