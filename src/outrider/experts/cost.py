@@ -4,16 +4,17 @@ For rank r in one layer of one forward pass, with N_r token-slots of which some 
 
     T_r = launch_s * G_r + 6 * hidden * inner * rows_r / flop_s + 2 * hidden * width * (near_r / near + far_r / far)
 
-G_r experts with tokens, rows_r their tokens rounded up to whole GEMM tiles, near_r and far_r token-slots that arrive
-from the node and from beyond. A layer takes max over r of T_r. Copies travel while the micro-step before computes, so
-a layer's copies expose max(0, transfer - the layer's time one micro-step before); before the first there is nothing to
-hide behind. An RL step runs each micro-batch twice: recompute (forward) and update (forward and backward, three times
-the work; a copy's gradient goes home at twice the weight's bytes, in fp32). Transfers then grow as compute does, so
-the whole step is four times the forward pass. The form is ours; rates are assumptions until they are calibrated.
+G_r experts with tokens, rows_r their tokens rounded up to whole GEMM tiles; near_r token-slots that come from other
+ranks, all over the node's links in the end; far_r a rank's share of those that come into its node from beyond, since
+rails spread them over the node's ranks (a dispatch of two hops, as DeepEP's). A layer takes max over r of T_r.
+
+Copies travel while the micro-step before computes: a layer's expose max(0, transfer - its time one micro-step before).
+In the first micro-step the layer before must do, and the first layer has nothing to hide behind. An RL step runs each
+micro-batch twice: recompute (forward) and update (forward and backward, three times the work; a copy's gradient goes
+home at twice the weight's bytes, in fp32, so that transfers grow as compute does). Between the two, the first
+micro-step's copies come while the last one still computes. The form is ours; rates are assumptions until calibrated.
 """
 
-import tomllib
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from outrider.errors import CallerError
 from outrider.experts.events import Array
+from outrider.experts.plan import contiguous_homes
 from outrider.experts.schedule import StepPlan, hosted
 
 PASSES = 4.0  # one forward in recompute, three forwards' worth in the update
@@ -55,7 +57,7 @@ class Cost(msgspec.Struct, frozen=True):
     shape: Shape
     flop_s: float = 400e12
     tile_rows: int = 128
-    launch_s: float = 2e-6
+    launch_s: float = 0.2e-6
     row_scale: int = 1
 
 
@@ -80,34 +82,36 @@ SHAPES = MappingProxyType(  # public model configurations
 
 
 class Modelled(msgspec.Struct, frozen=True, eq=False):
-    """One forward pass: layers' seconds, exposed transfer seconds, and bytes moved; each [layers, micro-steps]."""
+    """One forward pass: seconds of each rank [L, M, R], and exposed transfer seconds and bytes moved [L, M].
 
-    layer_s: Any
+    between_s [L]: exposed between recompute and update.
+    """
+
+    rank_s: Any
     exposed_s: Any
     moved_bytes: Any
+    between_s: Any
+
+    @property
+    def layer_s(self) -> Any:
+        """[layers, micro-steps] seconds of one forward pass: the slowest rank's."""
+        return self.rank_s.max(axis=2)
 
     @property
     def layers_s(self) -> Any:
         """[layers] seconds of the RL step: recompute and update."""
-        return PASSES * (self.layer_s + self.exposed_s).sum(axis=1)
+        waits = PASSES * self.exposed_s[:, 1:].sum(axis=1) + self.exposed_s[:, 0] + self.between_s
+        return PASSES * self.layer_s.sum(axis=1) + waits
+
+    @property
+    def exposed_total_s(self) -> float:
+        """Seconds of the RL step in which compute waits for copies."""
+        return float(self.layers_s.sum() - PASSES * self.layer_s.sum())
 
     @property
     def total_s(self) -> float:
         """Seconds of the RL step: recompute and update."""
         return float(self.layers_s.sum())
-
-
-def links_of(name: str) -> Links:
-    """Named links, or those of a TOML file with near_bytes_s, far_bytes_s, latency_s. CallerError otherwise."""
-    if name in LINKS:
-        return LINKS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise CallerError(f"links {name}: neither one of {', '.join(LINKS)} nor a file. Name one, or a TOML file.")
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text()), Links)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise CallerError(f"links {name}: {error}. Give near_bytes_s, far_bytes_s and latency_s, numbers.") from error
 
 
 def shape_of(name: str) -> Shape:
@@ -124,8 +128,10 @@ def modelled(plan: StepPlan, cost: Cost) -> Modelled:
     """The plan's modelled seconds and bytes."""
     layers, steps, ranks, experts = plan.shape
     nodes_R = np.arange(ranks) // plan.ranks_per_node
+    nodes = int(nodes_R[-1]) + 1
+    present = hosted(plan.hosts, experts)
     new = new_copies(plan)
-    layer_s, exposed_s = np.zeros((layers, steps)), np.zeros((layers, steps))
+    rank_s, exposed_s = np.zeros((layers, steps, ranks)), np.zeros((layers, steps))
     starts = np.argsort(plan.quota[:, 1], kind="stable")
     bounds = np.searchsorted(plan.quota[starts, 1], np.arange(steps + 1))
     for m in range(steps):
@@ -136,14 +142,26 @@ def modelled(plan: StepPlan, cost: Cost) -> Modelled:
         rows_LR = (np.ceil(at_LER / cost.tile_rows) * cost.tile_rows).sum(axis=1)
         by_rank, size = layer * ranks + rank, layers * ranks
         far = nodes_R[source] != nodes_R[rank]
-        near = ~far & (source != rank)
-        near_LR = np.bincount(by_rank, tokens * near, size).reshape(layers, ranks)
-        far_LR = np.bincount(by_rank, tokens * far, size).reshape(layers, ranks)
-        layer_s[:, m] = _rank_s(cost, (at_LER > 0).sum(axis=1), rows_LR, near_LR, far_LR).max(axis=1)
-        transfer_L = _transfer_s(plan, cost, new[:, m], m, nodes_R)
-        window_L = layer_s[:, m - 1] if m else np.zeros(layers)
-        exposed_s[:, m] = np.maximum(0.0, transfer_L - window_L)
-    return Modelled(layer_s, exposed_s, new.sum(axis=(2, 3)) * cost.shape.expert_bytes)
+        near_LR = np.bincount(by_rank, tokens * (source != rank), size).reshape(layers, ranks)
+        by_node = np.bincount(layer * nodes + nodes_R[rank], tokens * far, layers * nodes).reshape(layers, nodes)
+        far_LR = by_node[:, nodes_R] / np.bincount(nodes_R)[nodes_R]
+        rank_s[:, m] = _rank_s(cost, (at_LER > 0).sum(axis=1), rows_LR, near_LR, far_LR)
+        before_LRE = present[:, m - 1] if m else None
+        window_L = rank_s[:, m - 1 if m else 0].max(axis=1)
+        if m == 0:
+            window_L = np.concatenate([[0.0], window_L[:-1]])  # the layer before; before the first there is none
+        exposed_s[:, m] = np.maximum(0.0, _transfer_s(plan, cost, new[:, m], before_LRE, nodes_R) - window_L)
+    first = present[:, 0] & ~present[:, -1]
+    again_L = _transfer_s(plan, cost, first, present[:, -1], nodes_R) - rank_s[:, -1].max(axis=1)
+    return Modelled(rank_s, exposed_s, new.sum(axis=(2, 3)) * cost.shape.expert_bytes, np.maximum(0.0, again_L))
+
+
+def tokens_over(found: Modelled, cost: Cost) -> Any:
+    """[M, L, R] counted token-slots (fractions too) by which each rank is slower than its layer's mean."""
+    shape, links = cost.shape, cost.links
+    token_s = 6 * shape.hidden * shape.inner / cost.flop_s + 2 * shape.hidden * shape.width / links.far_bytes_s
+    over = (found.rank_s - found.rank_s.mean(axis=2, keepdims=True)) / (token_s * cost.row_scale)
+    return over.transpose(1, 0, 2)
 
 
 def force_balanced_s(counts_MLRE: Array, plan: StepPlan, cost: Cost) -> float:
@@ -151,10 +169,10 @@ def force_balanced_s(counts_MLRE: Array, plan: StepPlan, cost: Cost) -> float:
     _, _, ranks, experts = plan.shape
     slots_ML = counts_MLRE.sum(axis=(2, 3)) * cost.row_scale
     share = slots_ML / ranks
-    near = min(plan.ranks_per_node, ranks) - 1
+    beyond = (ranks - min(plan.ranks_per_node, ranks)) / ranks
     expert_rows = np.ceil(slots_ML / experts / cost.tile_rows) * cost.tile_rows
     rows = np.minimum(expert_rows * experts / ranks, np.ceil(share / cost.tile_rows) * cost.tile_rows)
-    each = _rank_s(cost, experts / ranks, rows, share * near / ranks, share * (ranks - 1 - near) / ranks)
+    each = _rank_s(cost, experts / ranks, rows, share * (ranks - 1) / ranks, share * beyond)
     return float(PASSES * each.sum())
 
 
@@ -166,8 +184,6 @@ def transfer_s(cost: Cost, far: bool = False) -> float:
 
 def new_copies(plan: StepPlan) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """[L, M, R, E] (expert, rank) pairs absent one micro-step before; the first is compared with contiguous homes."""
-    from outrider.experts.plan import contiguous_homes
-
     layers, _, ranks, experts = plan.shape
     present = hosted(plan.hosts, experts)
     before = np.zeros((layers, 1, ranks, experts), dtype=np.bool_)
@@ -182,19 +198,15 @@ def _rank_s(cost: Cost, groups: Any, rows: Any, near: Any, far: Any) -> Any:
     return compute + 2 * shape.hidden * shape.width * (near / links.near_bytes_s + far / links.far_bytes_s)
 
 
-def _transfer_s(plan: StepPlan, cost: Cost, new_LRE: Any, m: int, nodes_R: Any) -> Any:
-    """[L] seconds until the fullest rank has its new copies: from its node where a holder is there, else from afar."""
-    layers, _, ranks, experts = plan.shape
+def _transfer_s(plan: StepPlan, cost: Cost, new_LRE: Any, before_LRE: Any, nodes_R: Any) -> Any:
+    """[L] seconds until the fullest rank has its new copies: from its node where a holder was, else from afar."""
+    layers, _, ranks, _ = plan.shape
     layer, rank, expert = np.nonzero(new_LRE)
     if not len(layer):
         return np.zeros(layers)
-    home = plan.homes[layer, expert]
-    near = nodes_R[home] == nodes_R[rank]
-    if m:
-        held = hosted(plan.hosts[:, m - 1 : m], experts)[:, 0]  # [L, R, E] one micro-step before
-        in_node = np.zeros((layers, int(nodes_R.max()) + 1, experts), dtype=np.bool_)
-        for r in range(ranks):
-            in_node[:, nodes_R[r]] |= held[:, r]
-        near = near | in_node[layer, nodes_R[rank], expert]
+    near = nodes_R[plan.homes[layer, expert]] == nodes_R[rank]
+    if before_LRE is not None:
+        in_node = np.stack([before_LRE[:, nodes_R == node].any(axis=1) for node in range(nodes_R.max() + 1)], axis=1)
+        near |= in_node[layer, nodes_R[rank], expert]
     seconds = np.where(near, transfer_s(cost), transfer_s(cost, far=True))
     return np.bincount(layer * ranks + rank, seconds, layers * ranks).reshape(layers, ranks).max(axis=1)

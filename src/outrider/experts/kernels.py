@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     slots_R: Array
     nodes_R: Array
     ahead_HE: Array  # token-slots of each expert
+    bias_R: Array
     over_HR: Array  # load at home over ceil(mean) of each rank; negative: room
     least_gain: int  # tokens that a new copy must drain to be worth its move
 
@@ -86,11 +87,14 @@ def flow_of(experts: int, ranks: int, slots: int) -> Flow:
 
 
 @njit(cache=True)
-def lay(flow: Flow, load_E: Array, homes_E: Array, replicas_RS: Array) -> None:
-    """All tokens at home; each copy in `replicas_RS` is a holder without tokens. A copy beside its home counts once."""
+def lay(flow: Flow, load_E: Array, homes_E: Array, bias_R: Array, replicas_RS: Array) -> None:
+    """All tokens at home; each copy in `replicas_RS` is a holder without tokens. A copy beside its home counts once.
+
+    bias_R: tokens that a rank counts as carrying already (or as not carrying): slower ranks get so many fewer.
+    """
     flow.held_ER[:] = 0
     flow.tokens_ER[:] = 0
-    flow.load_R[:] = 0
+    flow.load_R[:] = bias_R
     flow.on_R[:] = 0
     flow.at_E[:] = 0
     for e in range(load_E.size):
@@ -458,14 +462,14 @@ def _place_layer(
 ) -> int:
     """The lowest of four attempts, or the first that is perfect: from the copies that are there or from none, large
     copies first or not. The flow and the proof are the result's."""
-    least = -(-load_E.sum() // ranks)
+    least = -(-(load_E.sum() + given.bias_R.sum()) // ranks)
     lowest = FAR
     trial_RS = np.empty_like(previous_RS)
     for attempt in range(4):
         trial_RS[:] = previous_RS
         if attempt % 2 == 1:
             trial_RS[:] = -1
-        lay(flow, load_E, given.homes_E, trial_RS)
+        lay(flow, load_E, given.homes_E, given.bias_R, trial_RS)
         if attempt < 2 and push(flow, least) > 0:
             rough(flow, least, given, trial_RS)
         improve(flow, least, given, trial_RS)
@@ -476,7 +480,7 @@ def _place_layer(
             replicas_RS[:] = trial_RS
         if lowest == least:
             return lowest
-    lay(flow, load_E, given.homes_E, replicas_RS)  # the proof must speak of these holders, idle ones too
+    lay(flow, load_E, given.homes_E, given.bias_R, replicas_RS)  # the proof must speak of these holders, idle ones too
     return exact(flow, ranks, proof)
 
 
@@ -490,6 +494,7 @@ def place(
     nodes_R: Array,
     previous_LRS: Array,
     ahead_LHE: Array,
+    bias_LR: Array,
     least_gain: int,
     replicas_LRS: Array,
     most_L: Array,
@@ -511,11 +516,10 @@ def place(
             over_HR[h] = -ahead_LHE[layer, h].sum() // ranks
             for e in range(experts):
                 over_HR[h, homes_LE[layer, e]] += ahead_LHE[layer, h, e]
-        given = Layer(homes_LE[layer], slots_R, nodes_R, ahead_LHE[layer], over_HR, least_gain)
+        given = Layer(homes_LE[layer], slots_R, nodes_R, ahead_LHE[layer], bias_LR[layer], over_HR, least_gain)
         proof = Proof(proof_LE[layer], proof_LR[layer])
-        most_L[layer] = _place_layer(
-            flow, load_LE[layer], ranks, given, previous_LRS[layer], replicas_LRS[layer], proof
-        )
+        _place_layer(flow, load_LE[layer], ranks, given, previous_LRS[layer], replicas_LRS[layer], proof)
+        most_L[layer] = (flow.load_R - bias_LR[layer]).max()
         for e in range(experts):
             for r in range(slots_R.size):
                 if flow.tokens_ER[e, r] > 0:

@@ -63,6 +63,7 @@ def plan(
     ahead_HLE: Array | None = None,
     ranks_per_node: int | None = None,
     excluded: Sequence[int] = (),
+    bias_LR: Array | None = None,
     least_gain: int = 1,
 ) -> Plan:
     """Plan one micro-step.
@@ -74,6 +75,8 @@ def plan(
     ahead_HLE       token-slots per layer and expert of the next H micro-steps: copies that they need too are preferred
     ranks_per_node  copies inside a node come first; None: one node
     excluded        ranks that hold nothing and compute nothing; they may still be sources
+    bias_LR         token-slots that a rank counts as carrying besides: slow ranks get so many fewer; then the largest
+                    of load + bias is the least, and the certificate speaks of that
     least_gain      token-slots that a new copy must take off an overfull rank to be made at all
     Least largest load first, then few moves. Ties go to the lower rank, then to the lower expert id, so that every rank
     derives the same plan. Nothing moves in a layer that is balanced already. CallerError where shapes do not fit.
@@ -106,6 +109,7 @@ def plan(
         nodes_R,
         np.ascontiguousarray(previous_LRS),
         ahead_LHE,
+        np.zeros((layers, ranks), dtype=np.int64) if bias_LR is None else np.ascontiguousarray(bias_LR),
         max(1, least_gain),
         replicas_LRS,
         most_L,

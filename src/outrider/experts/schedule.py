@@ -1,13 +1,12 @@
-"""The plan of a whole RL step as data: every layer and micro-step, saved and loaded, checked and explained. Pure.
+"""The plan of a whole RL step as data: every layer and micro-step, checked and explained. Pure.
 
-`search.py` makes such plans, `score.py` measures them, `cost.py` models their time. Rival planners are brought into the
+`search.py` makes such plans, `score.py` measures them, `cost.py` models their time, `adapters/plans.py` keeps them. Rival planners are brought into the
 same form, so that all are recounted in one way. Legend: L layers, M micro-steps, R ranks, X slots of a rank (homes
 first, then copies), E experts.
 """
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
@@ -58,13 +57,6 @@ class StepPlan(msgspec.Struct, frozen=True, eq=False):
             total.update(f"{name}{array.shape}".encode())
             total.update(array.tobytes())
         return total.hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write an npz that `load` and numpy read."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
-        arrays |= {"planner": np.array(self.planner), "ranks_per_node": np.array(self.ranks_per_node)}
-        with path.open("wb") as out:
-            np.savez_compressed(out, **arrays)
 
     def load_of_ranks(self) -> Array:
         """[L, M, R] token-slots that each rank computes, counted from the quotas."""
@@ -157,16 +149,6 @@ class StepPlan(msgspec.Struct, frozen=True, eq=False):
             "quota_rows": len(rows),
             "most": int((self.most != other.most).sum()),
         }
-
-
-def load(path: Path) -> StepPlan:
-    """Read a plan that `save` wrote. CallerError for a file that is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS}
-            return StepPlan(str(file["planner"]), **arrays, ranks_per_node=int(file["ranks_per_node"]))
-    except (OSError, KeyError, ValueError) as error:
-        raise CallerError(f"plan {path}: {error}. Give an npz that `outrider experts plan --out` wrote.") from error
 
 
 def assemble(

@@ -12,13 +12,15 @@ import msgspec
 import numpy as np
 
 from outrider.errors import CallerError
-from outrider.experts.cost import Cost, modelled, transfer_s
+from outrider.experts.cost import Cost, modelled, tokens_over, transfer_s
 from outrider.experts.events import Array
 from outrider.experts.plan import Plan, homes_of, plan, slots_of
 from outrider.experts.schedule import TIERS, StepPlan, assemble, choose, with_homes
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
+REFINED, REFINEMENTS, DAMPING = 3, 8, 0.35  # the best ways, walked again, tokens shifted off ranks that links make slow
 SHARES_OF_BREAK_EVEN = (0.25, 1.0, 4.0)  # least gains that `time` tries, besides taking every gain
+FAR = 2**31 - 1  # a gain that no copy reaches
 NOTHING, SPLIT, REPLICAS, RELOCATION = range(len(TIERS))
 Progress = Callable[[], None]
 
@@ -37,12 +39,20 @@ class Way(msgspec.Struct, frozen=True, eq=False):
         load: Array = self.counts_MLRE.sum(axis=2)
         return load
 
-    def walk(self, homes_LE: Array, start_LRS: Array | None = None, least_gain: int = 1) -> StepPlan:
+    def walk(
+        self,
+        homes_LE: Array,
+        start_LRS: Array | None = None,
+        least_gain: int = 1,
+        bias_MLR: Array | None = None,
+    ) -> StepPlan:
         """Plan micro-step after micro-step, from the copies `start_LRS`; `progress` is called after each."""
         load_MLE, before_LRS = self.load_MLE, start_LRS
         steps: list[Plan] = []
         for m, counts_LRE in enumerate(self.counts_MLRE):
-            steps.append(self.step(counts_LRE, homes_LE, before_LRS, load_MLE[m + 1 : m + 1 + HORIZON], least_gain))
+            bias_LR = None if bias_MLR is None else bias_MLR[m]
+            ahead_HLE = load_MLE[m + 1 : m + 1 + HORIZON]
+            steps.append(self.step(counts_LRE, homes_LE, before_LRS, ahead_HLE, least_gain, bias_LR))
             before_LRS = steps[-1].replicas_LRS
             self.progress()
         return assemble(
@@ -52,12 +62,18 @@ class Way(msgspec.Struct, frozen=True, eq=False):
             [step.quotas for step in steps],
             ranks_per_node=self.ranks_per_node,
             tiers_ML=np.stack([self._tiers(step, homes_LE) for step in steps]),
-            proof_MLE=np.stack([step.proof_LE for step in steps]),
-            proof_MLR=np.stack([step.proof_LR for step in steps]),
+            proof_MLE=None if bias_MLR is not None else np.stack([step.proof_LE for step in steps]),
+            proof_MLR=None if bias_MLR is not None else np.stack([step.proof_LR for step in steps]),
         )
 
     def step(
-        self, counts_LRE: Array, homes_LE: Array, before_LRS: Array | None, ahead_HLE: Array, least_gain: int
+        self,
+        counts_LRE: Array,
+        homes_LE: Array,
+        before_LRS: Array | None,
+        ahead_HLE: Array,
+        least_gain: int = 1,
+        bias_LR: Array | None = None,
     ) -> Plan:
         return plan(
             counts_LRE,
@@ -67,6 +83,7 @@ class Way(msgspec.Struct, frozen=True, eq=False):
             ahead_HLE=ahead_HLE,
             ranks_per_node=self.ranks_per_node,
             excluded=self.excluded,
+            bias_LR=bias_LR,
             least_gain=least_gain,
         )
 
@@ -144,16 +161,22 @@ def _fastest(way: Way, homes_LE: Array, cost: Cost) -> StepPlan:
     total_LRE = way.counts_MLRE.sum(axis=0)
     nothing_HLE = way.load_MLE[:0]
     gains = [1, *(max(1, round(share * _break_even(cost))) for share in SHARES_OF_BREAK_EVEN), FAR]
-    ways = []
+    tried: list[tuple[Array, Array | None, int]] = []
     for homes in (homes_LE, moved_LE):
-        whole = way.step(total_LRE, homes, None, nothing_HLE, 1).replicas_LRS
-        ways += [way.walk(homes, None, gain) for gain in (FAR, *gains[:-1])]
-        ways += [way.walk(homes, whole, gain) for gain in reversed(gains)]
-    seconds = np.stack([modelled(one, cost).layers_s for one in ways])
+        whole = way.step(total_LRE, homes, None, nothing_HLE).replicas_LRS
+        tried += [(homes, start, gain) for start in (None, whole) for gain in gains]
+    ways = [way.walk(homes, start, gain) for homes, start, gain in tried]
+    costs = [modelled(one, cost) for one in ways]
+    for i in np.argsort([one.total_s for one in costs], kind="stable")[:REFINED].tolist():
+        homes, start, gain = tried[i]
+        refined, bias_MLR = costs[i], np.zeros(way.counts_MLRE.shape[:3], dtype=np.int64)
+        for _ in range(REFINEMENTS):
+            bias_MLR = bias_MLR + np.rint(tokens_over(refined, cost) * DAMPING).astype(np.int64)
+            ways.append(way.walk(homes, start, gain, bias_MLR))
+            refined = modelled(ways[-1], cost)
+            costs.append(refined)
+    seconds = np.stack([one.layers_s for one in costs])
     return choose(ways, seconds.argmin(axis=0))
-
-
-FAR = 2**31 - 1
 
 
 def _break_even(cost: Cost) -> float:

@@ -37,7 +37,7 @@ def split(load_E: Array, homes_E: Array, replicas_RS: Array) -> Split:
 
     ranks, slots = replicas_RS.shape
     flow = kernels.flow_of(len(load_E), ranks, slots)
-    kernels.lay(flow, load_E, homes_E, replicas_RS)
+    kernels.lay(flow, load_E, homes_E, np.zeros(ranks, dtype=np.int64), replicas_RS)
     proof_E, proof_R = np.empty(len(load_E), dtype=np.int64), np.empty(ranks, dtype=np.int64)
     most = kernels.exact(flow, ranks, kernels.Proof(proof_E, proof_R))
     expert, rank = np.nonzero(flow.held_ER)
