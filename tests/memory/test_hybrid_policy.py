@@ -222,3 +222,17 @@ def test_an_ended_path_leaves_the_device_first() -> None:
     policy.handle(ev.Withdrawn("over"), 2.0)
     write(policy, (C,), 3.0)
     assert [policy.residency.state(item, "hybrid") is At.HERE for item in (A, B, C)] == [True, False, True]
+
+
+def test_what_is_pinned_does_not_leave_the_device_for_a_better_block() -> None:
+    """Its bytes must not change hands while the device was told to keep them."""
+    policy = small(device=Hybrid(3 * 16, cache_bytes=16, line_bytes=16, read=80.0, hit_read=800.0, write=80.0))
+    write(policy, (A,), 1.0)
+    write(policy, (B, C), 900.0)  # A is below host only
+    (prefetch,) = of(ev.Prefetch, want(policy, A, by_s=9e6, now=901.0, saved_s=1e-9))
+    policy.handle(ev.Copied(numbers(prefetch)), 902.0)
+    write(policy, (D, E, F), 903.0)
+    assert policy.residency.state(A, "hybrid") is At.HERE and policy.residency.state(A, "cache") is At.HERE
+    policy.handle(ev.Withdrawn(A), 904.0)
+    write(policy, (B,), 905.0)
+    assert policy.residency.state(A, "hybrid") is At.ABSENT
