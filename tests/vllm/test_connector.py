@@ -13,6 +13,8 @@ from servers import Memory
 from vllm.v1.request import RequestStatus
 
 from outrider import memory as outrider_memory
+from outrider.memory.adapters.copying import Job
+from outrider.memory.adapters.orders import Copies
 
 PROMPT = list(range(7, 107))  # 100 tokens: six whole blocks, and a tail
 WHOLE = 6 * BLOCK
@@ -399,6 +401,33 @@ def test_what_only_the_disk_has_is_lifted_when_its_request_arrives(settings: Set
         assert memory.seen("Lease") == 0
         running.run()
         assert memory.stats()["wants_met"] == 1
+
+
+def test_a_copy_that_ends_while_it_is_looked_for_is_not_lost(settings: Settings, memory: Memory) -> None:
+    fill(settings, memory)
+
+    class Ends(Job):
+        """Over from the third look on."""
+
+        looks = 0
+
+        @property
+        def over(self) -> bool:
+            self.looks += 1
+            return self.looks > 2
+
+        @over.setter
+        def over(self, value: bool) -> None:
+            pass
+
+    with engine(settings()) as running:
+        copying = running.worker._copying
+        job = Ends(Copies("r", (), ()), by_s=float("inf"))
+        copying._loads.append(job)
+        received = set()
+        for _ in range(4):
+            received |= copying.results().received
+        assert received == {"r"} and not copying._loads
 
 
 def wait_for(true: Callable[[], bool], within_s: float = 5.0) -> None:

@@ -140,7 +140,8 @@ def play(
     alive = [url for url, engine in zip(arm.engine_urls, arm.engines, strict=True) if engine.running]
     figures = _figures(record, workflows)
     # vLLM's usage does not tell memory's part of the cached tokens, its metrics do
-    figures["prompt_tokens_from_memory"] = figures["prompt_tokens_from_memory"] or sum(map(_external_tokens, alive))
+    told = figures["prompt_tokens_from_memory"] or sum(map(_external_tokens, alive))
+    figures["prompt_tokens_from_memory"] = min(told, figures["prompt_tokens_reused"])
     return {
         **figures,
         "prompt_tokens_from": _sources(figures, stats.get("hit_blocks_by_tier", {})),

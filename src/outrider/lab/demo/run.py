@@ -27,6 +27,10 @@ from outrider.lab.demo import arms, table, training, workload
 FULL = arms.Fleet(model="smollm2", kv_tokens=1792, tiers="host=512MiB,disk=4GiB")
 QUICK = arms.Fleet(model="tiny-moe", kv_tokens=1152, tiers="host=8MiB,disk=512MiB")
 ARMS = ("baseline", "outrider")
+VLLM_SAYS = (
+    "vLLM's usage tells how many of a call's prompt tokens were reused, not how many memory gave: the table has "
+    "that sum from vLLM's metrics, and the report, which is made of calls, counts them all as the engine's cache."
+)
 WEIGHTS = {"smollm2": "real trained weights", "tiny-moe": "random weights: its words mean nothing"}
 
 
@@ -177,6 +181,7 @@ def _machine(fleet: arms.Fleet, shape: workload.Shape, roots: tuple[Path, ...], 
             f"{fleet.model} has {WEIGHTS[fleet.model]}.",
             f"Tools are real, their durations emulated: {low_s:g} to {high_s:g} s, the same in both arms.",
             "The RL step runs tiny-moe (random weights) on 2 gloo processes of this machine.",
+            *([VLLM_SAYS] if fleet.vllm else []),
             "Prompt tokens computed are prompts less what engines reported as reused; preempted work is not in it.",
             "All figures were measured in this run, on this machine; nothing in the table is simulated.",
         ],

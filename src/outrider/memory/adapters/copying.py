@@ -128,8 +128,10 @@ class Copying:
             if not job.over and now > job.by_s:
                 self._end(job)
                 self._count(late, 1)
-        over = [job for job in jobs if job.over]
-        jobs[:] = [job for job in jobs if not job.over]
+        over, going = [], []
+        for job in jobs:  # looked at once: it may end between two looks
+            (over if job.over else going).append(job)
+        jobs[:] = going
         return over
 
     def _deadline_s(self, before: list[Job], copies: Copies) -> float:
