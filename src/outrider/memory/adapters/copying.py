@@ -128,7 +128,8 @@ class Copying:
             if not job.over and now > job.by_s:
                 self._end(job)
                 self._count(late, 1)
-        over, going = [], []
+        over: list[Job] = []
+        going: list[Job] = []
         for job in jobs:  # looked at once: it may end between two looks
             (over if job.over else going).append(job)
         jobs[:] = going
