@@ -31,7 +31,8 @@ class Npz:
     def whole(self, key: str) -> Ids:
         """A small member as an array."""
         blocks = list(self.blocks(key))
-        return np.concatenate(blocks) if blocks else np.zeros(self.shape(key), dtype=self.dtype(key))
+        joined = np.concatenate(blocks) if blocks else np.zeros(0, dtype=self.dtype(key))
+        return joined.reshape(self.shape(key))
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._header(key)[0]
@@ -39,30 +40,39 @@ class Npz:
     def dtype(self, key: str) -> np.dtype[Any]:
         return self._header(key)[1]
 
-    def blocks(self, key: str, rows: int | None = None) -> Iterator[Ids]:
-        """The member along its first axis: `rows` at a time, or as many as fit 4 MiB. A scalar comes as one block."""
-        with self._member(key) as (raw, shape, dtype, fortran):
-            if fortran and len(shape) > 1:
-                yield from self._rearranged(key, raw, shape, dtype, rows)
-                return
-            row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-            step = rows or max(1, BLOCK // max(1, row_bytes))
-            total = shape[0] if shape else 1
-            for at in range(0, total, step):
-                n = min(step, total - at)
-                data = bytearray(n * row_bytes if shape else dtype.itemsize)
-                self._fill(key, raw, data)
-                yield np.frombuffer(data, dtype=dtype).reshape((n, *shape[1:]) if shape else ())
+    def blocks(self, key: str) -> Iterator[Ids]:
+        """The member along its first axis, about 1 MiB at a time. A scalar comes as one block."""
+        shape = self.shape(key)
+        if not shape:
+            yield next(block for _, _, block in self._pieces(key, (1, 1), ()))
+            return
+        for _, _, block in self._pieces(key, (1, shape[0]), shape[1:]):
+            yield block
 
-    def _rearranged(
-        self, key: str, raw: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: int | None
-    ) -> Iterator[Ids]:
-        data = bytearray(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        self._fill(key, raw, data)
-        array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F")
-        step = rows or max(1, shape[0])
-        for at in range(0, shape[0], step):
-            yield np.ascontiguousarray(array[at : at + step])
+    def planes(self, key: str) -> Iterator[tuple[int, int, Ids]]:
+        """The member along its first two axes: index on the first, start on the second, block [n, ...]."""
+        shape = self.shape(key)
+        return self._pieces(key, (shape[0], shape[1]), shape[2:])
+
+    def _pieces(self, key: str, lead: tuple[int, int], row: tuple[int, ...]) -> Iterator[tuple[int, int, Ids]]:
+        """Rows of shape `row`, never across two indices of the first leading axis."""
+        with self._member(key) as (raw, shape, dtype, fortran):
+            row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
+            whole = None
+            if fortran and len(shape) > 1:  # the one order that cannot be streamed
+                data = bytearray(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+                self._fill(key, raw, data)
+                whole = np.frombuffer(data, dtype=dtype).reshape(shape, order="F").reshape(*lead, *row)
+            step = max(1, BLOCK // max(1, row_bytes))
+            for index in range(lead[0]):
+                for at in range(0, lead[1], step):
+                    n = min(step, lead[1] - at)
+                    if whole is not None:
+                        yield index, at, np.ascontiguousarray(whole[index, at : at + n])
+                        continue
+                    data = bytearray(n * row_bytes)
+                    self._fill(key, raw, data)
+                    yield index, at, np.frombuffer(data, dtype=dtype).reshape(n, *row)
 
     def _header(self, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         with self._member(key) as (_, shape, dtype, _):
@@ -70,7 +80,9 @@ class Npz:
 
     def _member(self, key: str) -> "Member":
         if key not in self.keys:
-            raise CallerError(f"{self.path}: no array {key!r} in it, but {', '.join(self.keys[:8])}. Give another file.")
+            raise CallerError(
+                f"{self.path}: no array {key!r} in it, but {', '.join(self.keys[:8])}. Give another file."
+            )
         return Member(self.path, key)
 
     def _fill(self, key: str, raw: IO[bytes], data: bytearray) -> None:
@@ -119,14 +131,18 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
         for key, value in arrays.items():
             array = np.asarray(value)
             with file.open(f"{key}.npy", "w", force_zip64=True) as out:
-                head = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+                head = {
+                    "descr": np.lib.format.dtype_to_descr(array.dtype),
+                    "fortran_order": False,
+                    "shape": array.shape,
+                }
                 np.lib.format.write_array_header_1_0(out, head)
                 for block in sliced(array):
-                    out.write(memoryview(np.ascontiguousarray(block)).cast("B"))
+                    out.write(block.tobytes())
 
 
 def sliced(array: Ids) -> Iterator[Ids]:
-    """The array along its first axis in pieces of about 4 MiB; a scalar or an empty array as it is."""
+    """The array along its first axis in pieces of about 1 MiB; a scalar or an empty array as it is."""
     if array.ndim == 0:
         yield array.reshape(1)
         return
