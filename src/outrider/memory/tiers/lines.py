@@ -15,6 +15,7 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Place = Ints | slice
+NEAR_FRAMES = 256  # looked at behind the hand before the whole cache is
 
 
 class Lines:
@@ -43,17 +44,26 @@ class Lines:
 
     def claim(self, count: int) -> Ints | None:
         """`count` frames for new lines, ascending from the hand; None, and nothing changed, where too few are free."""
-        free = (self.held == 0) & ~self.dirty & ~self.filling & ~self.pinned
-        idle = np.flatnonzero(free & ~self.used)
-        if len(idle) < count:
-            idle = np.flatnonzero(free)
+        near = slice(self._hand, self._hand + max(NEAR_FRAMES, 2 * count))
+        taken = self._hand + np.flatnonzero(self._free(near) & ~self.used[near])[:count]
+        if len(taken) < count:
+            whole = slice(None)
+            free = self._free(whole)
+            idle = np.flatnonzero(free & ~self.used)
             if len(idle) < count:
-                return None
-            self.used[idle] = False
-        start = int(np.searchsorted(idle, self._hand))
-        taken = np.concatenate((idle[start:], idle[:start]))[:count]
-        self._hand = int(taken[-1]) + 1 if count else self._hand
+                idle = np.flatnonzero(free)
+                if len(idle) < count:
+                    return None
+                self.used[idle] = False
+            start = int(np.searchsorted(idle, self._hand))
+            taken = np.concatenate((idle[start:], idle[:start]))[:count]
+        self._hand = int(taken[-1]) + 1
         return taken
+
+    def _free(self, part: slice) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Which of these frames may be taken."""
+        kept: np.ndarray[Any, np.dtype[np.bool_]] = self.dirty[part] | self.filling[part] | self.pinned[part]
+        return ~kept & (self.held[part] == 0)
 
     def enter(self, lines: Ints, frames: Ints) -> None:
         """Claimed frames now belong to these lines, filling and held once; what was in them is forgotten."""
