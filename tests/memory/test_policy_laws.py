@@ -393,5 +393,5 @@ def machine(tiers: Settings, examples: int) -> Any:
 
 
 TestHostAndDisk = machine(DISK, 100)
-TestHostAndHybrid = machine(HYBRID, 200)
-TestHostHybridAndDisk = machine(BOTH, 200)
+TestHostAndHybrid = machine(HYBRID, 130)
+TestHostHybridAndDisk = machine(BOTH, 150)

@@ -63,7 +63,8 @@ class Lines:
     def _free(self, part: slice) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Which of these frames may be taken."""
         kept: np.ndarray[Any, np.dtype[np.bool_]] = self.dirty[part] | self.filling[part] | self.pinned[part]
-        return ~kept & (self.held[part] == 0)
+        free: np.ndarray[Any, np.dtype[np.bool_]] = ~kept & (self.held[part] == 0)
+        return free
 
     def enter(self, lines: Ints, frames: Ints) -> None:
         """Claimed frames now belong to these lines, filling and held once; what was in them is forgotten."""
