@@ -1,8 +1,8 @@
 """The plan of a whole RL step as data: every layer and micro-step, checked and explained. Pure.
 
-`search.py` makes such plans, `score.py` measures them, `cost.py` models their time, `adapters/plans.py` keeps them. Rival planners are brought into the
-same form, so that all are recounted in one way. Legend: L layers, M micro-steps, R ranks, X slots of a rank (homes
-first, then copies), E experts.
+`search.py` makes such plans, `score.py` measures them, `cost.py` models their time, `adapters/plans.py` keeps them.
+Rival planners are brought into the same form, so that all are recounted in one way. Legend: L layers, M micro-steps,
+R ranks, X slots of a rank (homes first, then copies), E experts.
 """
 
 from collections.abc import Sequence

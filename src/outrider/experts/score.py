@@ -11,10 +11,10 @@ from outrider.experts.schedule import TIERS, StepPlan
 
 
 def spread(values: Any) -> dict[str, float]:
-    """mean, p50, p95 (nearest rank from above) and max over layers and micro-steps; an idle one counts as 1."""
+    """mean, p50, p95 and max over layers and micro-steps; an idle one counts as 1."""
     flat = np.asarray(values, dtype=np.float64).ravel()
     at = {"p50": 50, "p95": 95}
-    quantiles = {name: float(np.percentile(flat, share, method="higher")) for name, share in at.items()}
+    quantiles = {name: float(np.percentile(flat, share)) for name, share in at.items()}
     return {"mean": float(flat.mean()), **quantiles, "max": float(flat.max())}
 
 

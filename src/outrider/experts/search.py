@@ -14,8 +14,10 @@ import numpy as np
 from outrider.errors import CallerError
 from outrider.experts.cost import Cost, modelled, tokens_over, transfer_s
 from outrider.experts.events import Array
+from outrider.experts.peers import make
 from outrider.experts.plan import Plan, homes_of, plan, slots_of
 from outrider.experts.schedule import TIERS, StepPlan, assemble, choose, with_homes
+from outrider.experts.split import split
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 REFINED, REFINEMENTS, DAMPING = 3, 8, 0.35  # the best ways, walked again, tokens shifted off ranks that links make slow
@@ -38,6 +40,11 @@ class Way(msgspec.Struct, frozen=True, eq=False):
     def load_MLE(self) -> Array:  # noqa: N802 - array names end in a legend of their axes
         load: Array = self.counts_MLRE.sum(axis=2)
         return load
+
+    @property
+    def domain(self) -> int:
+        """Ranks between whose groups experts relocate: nodes, or single ranks where there is but one node."""
+        return self.ranks_per_node if self.ranks_per_node < len(self.slots_R) else 1
 
     def walk(
         self,
@@ -87,12 +94,11 @@ class Way(msgspec.Struct, frozen=True, eq=False):
             least_gain=least_gain,
         )
 
-    def relocated(self, homes_LE: Array) -> Array:
-        """New homes: exchanges between nodes, or between ranks where there is but one node."""
+    def relocated(self, homes_LE: Array, size: int) -> Array:
+        """New homes: exchanges between groups of `size` ranks."""
         from outrider.experts.relocate import HYSTERESIS, relocate  # numba: heavy
 
-        ranks = len(self.slots_R)
-        domains_R = np.arange(ranks) // (self.ranks_per_node if self.ranks_per_node < ranks else 1)
+        domains_R = np.arange(len(self.slots_R)) // size
         load_LME = np.ascontiguousarray(self.load_MLE.transpose(1, 0, 2))
         return np.stack([relocate(*layer, domains_R, HYSTERESIS) for layer in zip(load_LME, homes_LE, strict=True)])
 
@@ -149,7 +155,7 @@ def _balanced(way: Way, homes_LE: Array) -> StepPlan:
     wanting_L = (over_L > 0) | (far_L > 0)
     if not wanting_L.any():
         return first
-    second = way.walk(np.where(wanting_L[:, None], way.relocated(homes_LE), homes_LE))
+    second = way.walk(np.where(wanting_L[:, None], way.relocated(homes_LE, way.domain), homes_LE))
     now_L = (second.most - least_LM).sum(axis=1)
     better_L = (now_L < over_L) | ((now_L == over_L) & (_far_copies(second) < far_L))
     return choose((first, second), better_L.astype(np.int64))
@@ -157,26 +163,53 @@ def _balanced(way: Way, homes_LE: Array) -> StepPlan:
 
 def _fastest(way: Way, homes_LE: Array, cost: Cost) -> StepPlan:
     """Of several ways through the step, in each layer the one of least modelled seconds; ties to the first named."""
-    moved_LE = way.relocated(homes_LE)
+    between_LE = way.relocated(homes_LE, way.domain)
+    all_homes = [homes_LE, between_LE, *([way.relocated(between_LE, 1)] if way.domain > 1 else [])]
+    _, _, ranks, experts = way.counts_MLRE.shape
     total_LRE = way.counts_MLRE.sum(axis=0)
     nothing_HLE = way.load_MLE[:0]
     gains = [1, *(max(1, round(share * _break_even(cost))) for share in SHARES_OF_BREAK_EVEN), FAR]
-    tried: list[tuple[Array, Array | None, int]] = []
-    for homes in (homes_LE, moved_LE):
+    tried: list[tuple[Way, Array, Array | None, int]] = []
+    for homes in all_homes:
         whole = way.step(total_LRE, homes, None, nothing_HLE).replicas_LRS
-        tried += [(homes, start, gain) for start in (None, whole) for gain in gains]
-    ways = [way.walk(homes, start, gain) for homes, start, gain in tried]
+        tried += [(way, homes, start, gain) for start in (None, whole) for gain in gains]
+    if not way.excluded and experts % ranks == 0:
+        tried.append((*_eplb_layout(way), FAR))
+    ways = [one.walk(homes, start, gain) for one, homes, start, gain in tried]
     costs = [modelled(one, cost) for one in ways]
     for i in np.argsort([one.total_s for one in costs], kind="stable")[:REFINED].tolist():
-        homes, start, gain = tried[i]
+        one, homes, start, gain = tried[i]
         refined, bias_MLR = costs[i], np.zeros(way.counts_MLRE.shape[:3], dtype=np.int64)
         for _ in range(REFINEMENTS):
             bias_MLR = bias_MLR + np.rint(tokens_over(refined, cost) * DAMPING).astype(np.int64)
-            ways.append(way.walk(homes, start, gain, bias_MLR))
+            ways.append(one.walk(homes, start, gain, bias_MLR))
             refined = modelled(ways[-1], cost)
             costs.append(refined)
     seconds = np.stack([one.layers_s for one in costs])
     return choose(ways, seconds.argmin(axis=0))
+
+
+def _eplb_layout(way: Way) -> tuple[Way, Array, Array]:
+    """EPLB's placement on the step's totals: a way whose slots hold it, its homes and its copies.
+
+    Homes are spread over ranks as evenly as the placement allows; together with its copies a rank never holds more
+    than its slots, only the mix differs from layer to layer.
+    """
+    _, layers, ranks, experts = way.counts_MLRE.shape
+    hosts_LRX, _ = make("split", way.counts_MLRE, way.slots_R, way.ranks_per_node).step(0)
+    homes_LE = np.empty((layers, experts), dtype=np.int64)
+    replicas_LRS = np.full(hosts_LRX.shape, -1, dtype=np.int64)
+    for layer, hosts_RX in enumerate(hosts_LRX):
+        first_E = np.array([np.flatnonzero((hosts_RX == expert).any(axis=1))[0] for expert in range(experts)])
+        share = split(np.ones(experts, dtype=np.int64), first_E, hosts_RX)  # one token an expert: it lies at its home
+        home = share.tokens == 1
+        homes_LE[layer, share.expert[home]] = share.rank[home]
+        for rank in range(ranks):
+            copies = share.expert[~home & (share.rank == rank)]
+            replicas_LRS[layer, rank, : len(copies)] = copies
+    width = int((replicas_LRS >= 0).sum(axis=2).max())
+    slots_R = np.full(ranks, width, dtype=np.int64)
+    return msgspec.structs.replace(way, slots_R=slots_R), homes_LE, replicas_LRS[:, :, :width]
 
 
 def _break_even(cost: Cost) -> float:
