@@ -15,7 +15,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    code = "from outrider.lab.engine import models; print(models.directory('smollm2'))"
+    return converted("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    return converted("tiny-moe")
+
+
+def converted(name: str) -> Path:
+    code = f"from outrider.lab.engine import models; print(models.directory('{name}'))"
     done = subprocess.run([ROOT / ".venv/bin/python", "-c", code], capture_output=True, text=True, check=True)
     return Path(done.stdout.strip())
 

@@ -5,6 +5,7 @@ again after kill -9, beside another one; then memory dies and hangs in the middl
 metrics and usage and from memory's own counters, are printed and written to build/test-vllm.json.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from relay import Relay
 
@@ -77,9 +79,17 @@ class Served:
         return text
 
     def kill(self) -> None:
-        """SIGKILL to all its processes."""
-        os.killpg(self.child.process.pid, signal.SIGKILL)
+        """SIGKILL to all its processes; the shared memory that nobody is left to remove goes too."""
+        group, segments = self.child.process.pid, set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if os.getpgid(process.pid) == group:
+                    maps = Path(f"/proc/{process.pid}/maps").read_text()
+                    segments.update(re.findall(r"/dev/shm/\S+", maps))
+        os.killpg(group, signal.SIGKILL)
         self.child.process.wait()
+        for segment in segments:
+            Path(segment).unlink(missing_ok=True)
 
 
 class Place:
