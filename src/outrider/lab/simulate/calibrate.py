@@ -2,40 +2,44 @@
 
 Every engine of the run is given its calls again, at the very moments at which the live gateway dispatched them, with
 the prompt, reused and output tokens that were reported; the four constants of `Speed` are those with which the modelled
-engines' first and last tokens come closest to the live ones, in seconds, least squares (Levenberg-Marquardt on the
-constants' logarithms, so that none can become negative). What is fitted is the engine, not the policy: which arm it
-served does not enter.
+engines' first and last tokens come closest to the live ones, in seconds, least squares over the constants' logarithms.
+What is fitted is the engine, not the policy: which arm it served does not enter.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from outrider import journal
 from outrider.agents import events as ev
 from outrider.errors import CallerError
 from outrider.lab.clock import Clock
+from outrider.lab.simulate.callers import ids_of
+from outrider.lab.simulate.descend import Vector, descend
+from outrider.lab.traces.blocks import Ids as Numbers
+from outrider.lab.traces.blocks import PrefixTree
 from outrider.lab.twins.engine import Engine
 from outrider.lab.twins.job import Job
-from outrider.lab.twins.pool import Pool
+from outrider.lab.twins.pool import Ids, Pool
 from outrider.lab.twins.speed import Profile, Speed
 
 BLOCK_TOKENS = 16  # of the cache in which the fit lays its requests; reported reuse is kept as it was
 KV_TOKENS = 100_000_000  # of an engine that does not say
 LEAST_CALLS = 8
-ROUNDS = 60
-NUDGE = 0.02  # of a constant's logarithm: below the steps that scheduling makes in the sum of squares
-Vector = NDArray[np.float64]
+BENT = ((1, 1, 1, 1), (4, 1, 0.25, 1), (0.25, 1, 4, 1), (1, 4, 1, 1), (2, 2, 2, 2))  # starts: times these constants
+
+
+def no_chain() -> Ids:
+    return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One answered attempt, as the journal has it; moments in seconds."""
+    """One answered attempt, as the journal has it; moments in seconds. Equal ids mean equal beginnings of prompts."""
 
     engine: str
     dispatched_s: float
@@ -44,6 +48,7 @@ class Observed:
     prompt_tokens: int
     reused_tokens: int
     output_tokens: int
+    chain: Ids = field(default_factory=no_chain)  # of the prompt's whole blocks
 
 
 @dataclass(frozen=True)
@@ -85,72 +90,72 @@ def observe(path: Path) -> tuple[list[Observed], int]:
     events, commands = msgspec.json.Decoder(ev.Event), msgspec.json.Decoder(list[ev.Command])
     sent: dict[tuple[str, int], tuple[str, float]] = {}
     first: dict[tuple[str, int], float] = {}
-    streams: dict[str, bool] = {}
-    seen: list[Observed] = []
+    asked: dict[str, ev.Call] = {}
+    tree = PrefixTree(BLOCK_TOKENS, Numbers())
+    seen: dict[tuple[str, int], Observed] = {}
     kv_tokens = 0
     for line in lines:
         match events.decode(line.event):
             case ev.EngineUp(_, _, said):
                 kv_tokens = said or kv_tokens
             case ev.Arrived(call):
-                streams[call.id] = call.stream
+                asked[call.id] = call
             case ev.FirstByte(call_id, attempt):
                 first[call_id, attempt] = line.now
-            case ev.Finished(call_id, attempt, 200, usage) if usage and not usage.estimated and streams.get(call_id):
+            case ev.Finished(call_id, attempt, 200, usage) if usage and not usage.estimated and asked[call_id].stream:
                 engine, at_s = sent[call_id, attempt]
                 begun_s = first.get((call_id, attempt), line.now)
                 tokens = usage.prompt_tokens, usage.cached_tokens, usage.output_tokens
-                seen.append(Observed(engine, at_s, begun_s, line.now, *tokens))
+                pieces = [(link.digest, link.chars) for link in asked[call_id].chain]
+                chain = ids_of(tree.lay(pieces, usage.prompt_tokens))
+                seen[call_id, attempt] = Observed(engine, at_s, begun_s, line.now, *tokens, chain)
             case _:
                 pass
         for command in commands.decode(line.commands):
             if isinstance(command, ev.Dispatch):
                 sent[command.call, command.attempt] = (command.engine, line.now)
-    return sorted(seen, key=lambda one: (one.dispatched_s, one.engine)), kv_tokens
+    return [seen[name] for name in sent if name in seen], kv_tokens
 
 
 class _Recalled:
-    """Stands for the caches of the live run: what a request reused there is in the engine at once."""
+    """Stands for memory: what a request reused in the live run beyond what its engine has now is there at once."""
 
     def __init__(self, engine: Engine, reused: dict[Job, int]) -> None:
         self._engine, self._reused = engine, reused
 
     def look_up(self, job: Job) -> None:
-        job.external = min(self._reused[job] // BLOCK_TOKENS, self._engine.reusable(job))
+        job.external = self._reused[job] // BLOCK_TOKENS
 
     def load(self, job: Job) -> None:
-        self._engine.clock.at(self._engine.clock.now, lambda: self._engine.loaded(job, job.external or 0))
+        blocks = min(job.external or 0, self._engine.reusable(job))
+        self._engine.loaded(job, blocks - job.computed // BLOCK_TOKENS)
 
     def save(self, job: Job, start: int, stop: int) -> None:
-        pass
+        """Nothing is kept beyond the engine's own cache."""
 
     def remember(self, job: Job) -> None:
-        pass
+        """Nobody wants it back."""
 
 
 def rerun(seen: Sequence[Observed], kv_tokens: int, profile: Profile, speed: Speed) -> list[tuple[float, float]]:
     """When each call's first and last token would come, in the order of `seen`; as seen by the gateway."""
-    clock, hop_s = Clock(), profile.hop_s
+    clock, hop_s, begin_s = Clock(), profile.hop_s, seen[0].dispatched_s
     came: list[list[float]] = [[] for _ in seen]
     engines: dict[str, Engine] = {}
     reused: dict[Job, int] = {}
-    blocks = sum(one.prompt_tokens // BLOCK_TOKENS for one in seen)
-    begin_s = seen[0].dispatched_s
-    taken = 0
+    ids = 1 + max((int(one.chain.max(initial=0)) for one in seen), default=0)
     for number, one in enumerate(seen):
         if one.engine not in engines:
-            pool = Pool(kv_tokens // BLOCK_TOKENS, blocks)
-            engine = Engine(clock, speed, pool, BLOCK_TOKENS, profile.max_batch_tokens, profile.max_num_seqs)
+            limits = profile.max_batch_tokens, profile.max_num_seqs
+            engine = Engine(clock, speed, Pool(kv_tokens // BLOCK_TOKENS, ids), BLOCK_TOKENS, *limits)
             engine.hook = _Recalled(engine, reused)
             engines[one.engine] = engine
-        whole = one.prompt_tokens // BLOCK_TOKENS
-        chain = np.arange(taken, taken + whole)
-        taken += whole
 
         def note(number: int = number) -> None:
             came[number].append(clock.now + hop_s)
 
-        job = Job(str(number), one.prompt_tokens, max(one.output_tokens, 1), chain, note, note, _cannot_fail)
+        outputs = max(one.output_tokens, 1)
+        job = Job(str(number), one.prompt_tokens, outputs, one.chain, note, note, _cannot_fail)
         reused[job] = one.reused_tokens
         clock.at(one.dispatched_s - begin_s + hop_s, partial(engines[one.engine].submit, job))
     clock.run()
@@ -177,26 +182,16 @@ def _rms(errors: Vector) -> float:
 
 
 def _fit(errors_of: Callable[[Speed], Vector], start: Speed) -> tuple[Speed, Vector]:
-    """Least squares from `start`; stops when a round gains less than a part in ten thousand."""
-    place = np.log(np.maximum(np.array(msgspec.structs.astuple(start)), 1e-12))
-    errors = errors_of(_speed(place))
-    damping = 1.0
-    for _ in range(ROUNDS):
-        slopes = np.stack([(errors_of(_speed(place + nudge)) - errors) / NUDGE for nudge in NUDGE * np.eye(4)], axis=1)
-        square: Vector = slopes.T @ slopes
-        gain = 0.0
-        while damping < 1e8:
-            step = np.linalg.solve(square + damping * np.diag(np.diag(square) + 1e-12), -slopes.T @ errors)
-            there = place + np.clip(step, -1.0, 1.0)
-            then = errors_of(_speed(there))
-            if then @ then < errors @ errors:
-                gain = 1 - float(then @ then) / float(errors @ errors)
-                place, errors, damping = there, then, damping / 5
-                break
-            damping *= 5
-        if gain < 1e-4:
-            break
-    return _speed(place), errors
+    """Least squares, downhill from `start` and from where it is bent in four ways, then once more from the best."""
+
+    def height(place: Vector) -> float:
+        return _rms(errors_of(_speed(place)))
+
+    begin = np.log(np.maximum(np.array(msgspec.structs.astuple(start)), 1e-12))
+    tried = [descend(height, begin + np.log(np.array(bent)), 0.7, 120, 1e-3) for bent in BENT]
+    _, best = min(tried, key=lambda found: found[0])
+    _, best = descend(height, best, 0.3, 150, 1e-4)
+    return _speed(best), errors_of(_speed(best))
 
 
 def _speed(place: Vector) -> Speed:

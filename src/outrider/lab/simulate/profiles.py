@@ -35,7 +35,7 @@ PROFILES = {
         ),
         Profile(
             name=EMBEDDED,
-            speed=Speed(per_step_s=0.0433, per_prompt_token_s=2.6e-3, per_decode_s=2.70e-2, per_position_s=3.3e-7),
+            speed=Speed(per_step_s=0.0454, per_prompt_token_s=2.58e-3, per_decode_s=2.46e-2, per_position_s=5.5e-7),
             provenance="fitted to a live run of `outrider demo`: SmolLM2-135M in fp32, two engines on 2 AMD EPYC cores",
             kv_tokens=1792,
             kv_bytes_per_token=46_080,

@@ -65,7 +65,7 @@ class Engine:
         self.dead = False
         self._arrivals = 0
         self._under_way: Stretch | None = None
-        self._accounting = False
+        self._busy = False  # scheduling or accounting: what happens now is seen by the next step
         self._settled = True  # the next step will compute for the same requests, if nothing happens
 
     def fits(self, job: Job) -> bool:
@@ -128,7 +128,7 @@ class Engine:
         """Something changed: what is under way ends with its present step; an idle engine looks at once."""
         stretch = self._under_way
         if stretch is None:
-            if not self._accounting and not self.dead:
+            if not self._busy and not self.dead:
                 self._begin()
             return
         steps = stretch.steps_by(self.clock.now)
@@ -141,7 +141,9 @@ class Engine:
     # -- steps
 
     def _begin(self) -> None:
+        self._busy = True
         chunks = self._schedule()
+        self._busy = False
         if not chunks:
             return
         prompt = decodes = 0
@@ -176,7 +178,7 @@ class Engine:
         assert stretch is not None
         self.steps += stretch.steps
         self.busy_s += stretch.lasts_s(stretch.steps)
-        self._accounting = True
+        self._busy = True
         if stretch.steps > 1:
             for job, _ in stretch.chunks:  # all at once: none of them had ended when the others grew
                 if not job.closed:
@@ -197,7 +199,7 @@ class Engine:
                 self._settle(job)
                 self._close(job)
                 job.on_finished()
-        self._accounting = False
+        self._busy = False
         self._begin()
 
     def _settle(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""One request at a modelled engine: what it needs, how far it is; in which order an engine serves; the hook to memory."""
+"""One request at a modelled engine: what it needs and how far it is; an engine's order, and its hook to memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
