@@ -30,8 +30,8 @@ def rebalance_experts(
 
     tensor = hasattr(weight, "detach")
     loads = np.asarray(weight.detach().float().cpu().numpy() if tensor else weight, dtype=np.float32)
-    hierarchical = num_nodes > 0 and num_groups % num_nodes == 0
-    groups, nodes = (num_groups, num_nodes) if hierarchical else (1, 1)
+    flat = num_nodes > 0 and num_groups % num_nodes > 0
+    groups, nodes = (1, 1) if flat else (num_groups, num_nodes)
     _check(loads, num_replicas, groups, nodes, num_gpus)
     phy2log, nth, logcnt = packing.lay_out(np.ascontiguousarray(loads), num_replicas, groups, nodes, num_gpus)
 
@@ -50,10 +50,10 @@ def _check(loads: Any, replicas: int, groups: int, nodes: int, gpus: int) -> Non
     if not np.isfinite(loads).all():
         raise CallerError("weight: holds a load that is no number. Count tokens, or mask what was not measured with 0.")
     experts = loads.shape[1]
-    if gpus < 1 or groups < 1 or replicas < experts:
+    if min(gpus, groups, nodes) < 1 or replicas < experts:
         raise CallerError(
-            f"num_replicas {replicas} for {experts} experts, num_gpus {gpus}, num_groups {groups}."
-            " Give each expert a slot, and one GPU and group at least."
+            f"num_replicas {replicas} for {experts} experts, num_gpus {gpus}, num_groups {groups},"
+            f" num_nodes {nodes}. Give each expert a slot, and one GPU, group and node at least."
         )
     for name, number, by, divisor in (
         ("num_replicas", replicas, "num_gpus", gpus),
