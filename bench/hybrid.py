@@ -6,7 +6,7 @@ hits      `read` of blocks that lie in the device's cache, against numpy.copyto 
           of pages, in the same random order; blocks of 720 KiB (16 tokens of SmolLM2 in fp32) and of 2 MiB
 misses    `read` of blocks that do not, against fio's random reads (O_DIRECT, psync) of the same size from a file beside
           it, at the same queue depth: so many threads. fio reads into ordinary 4 KiB pages, the device into large ones
-          where the kernel gives them, so a ratio above 1 is the pages' doing
+          where the kernel gives them: a ratio above 1 is presumably the pages' doing
 ahead     blocks prefetched and pinned, then read: what a want makes of a miss
 profiles  the rate that the throttled device keeps, against the profile's
 
