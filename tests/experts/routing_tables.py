@@ -1,5 +1,6 @@
 """Random routing tables for the tests of foresight and its readers."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from outrider.experts.routing import Routing
 
 
 @st.composite
-def routings(draw: st.DrawFn, gaps: bool = True, whole_gaps_only: bool = False) -> Routing:
+def routings(draw: st.DrawFn, gaps: bool = True) -> Routing:
     """Distinct ids in a row, some rows missing, some tokens unknown; no layer that repeats one id everywhere."""
     layers, top_k = draw(st.integers(1, 3)), draw(st.integers(2, 4))
     experts = draw(st.sampled_from([5, 64, 128, 129, 256, 300]))
@@ -18,8 +19,7 @@ def routings(draw: st.DrawFn, gaps: bool = True, whole_gaps_only: bool = False) 
     tokens = sum(lengths)
     routes = np.argsort(rng.random((tokens, layers, experts)), axis=2)[:, :, :top_k]
     if gaps:
-        if not whole_gaps_only:
-            routes[rng.random((tokens, layers)) < draw(st.sampled_from([0, 0.3]))] = -1
+        routes[rng.random((tokens, layers)) < draw(st.sampled_from([0, 0.3]))] = -1
         routes[rng.random(tokens) < draw(st.sampled_from([0, 0.3]))] = -1
         routes[0] = np.arange(top_k)  # at least one is known
     return Routing.of(routes, np.cumsum([0, *lengths]), experts=experts)
@@ -28,7 +28,7 @@ def routings(draw: st.DrawFn, gaps: bool = True, whole_gaps_only: bool = False) 
 def plain_counts(routing: Routing, edges: Any, ranks: int, twice: bool = False) -> Any:
     """Counted token by token in plain Python."""
     counts = np.zeros((len(edges) - 1, routing.layers, ranks, routing.experts), dtype=int)
-    for m, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for m, (start, end) in enumerate(pairwise(edges.tolist())):
         runs = np.array_split(np.arange(start, end), ranks)
         for rank, run in enumerate(runs):
             for token in run.tolist():

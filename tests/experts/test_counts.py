@@ -149,7 +149,7 @@ def test_a_domain_is_a_view_of_its_sequences() -> None:
     assert part.routes_TLK.ravel().tolist() == [2, 3, 0, 5]  # the unknown one is filled with 0
     assert part.offsets_S1.tolist() == [0, 1, 4]
     assert part.known().tolist() == [True, True, False, True]
-    with pytest.raises(CallerError, match="'c': not in this table. It has a, b"):
+    with pytest.raises(CallerError, match=r"'c': not in this table\. It has a, b"):
         routing.domain("c")
 
 

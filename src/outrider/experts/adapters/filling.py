@@ -91,18 +91,25 @@ class Filling:
 def without_dense(routing: Routing) -> Routing:
     """Leave out layers that are no MoE layers: engines that number all layers fill the dense ones with one id.
 
-    A router never chooses one expert k times for every token, so a layer where each known row repeats one id is filler.
+    A router never chooses one expert k times, so a layer whose rows hold one and the same id throughout is filler.
     """
-    if routing.top_k < 2 or not routing.known().any():
+    if routing.top_k < 2:
         return routing
-    dense_L = np.ones(routing.layers, dtype=np.bool_)
-    step = max(1, BLOCK // max(1, routing.layers * routing.top_k))
+    maybe = np.arange(routing.layers)
+    filler_L = np.full(routing.layers, -1, dtype=np.int64)
+    step = max(1, BLOCK // max(1, routing.layers * routing.top_k * routing.routes_TLK.itemsize))
     for at in range(0, routing.tokens, step):
-        if not dense_L.any():
+        block = routing.routes_TLK[at : at + step][:, maybe]
+        if routing.known_T is not None:
+            block = block[routing.known_T[at : at + step]]
+        first = np.where(filler_L[maybe] < 0, block.max(axis=(0, 2), initial=0), filler_L[maybe])
+        there = np.all(block >= 0, axis=2)
+        alike = np.all((block == first[:, None]) | ~there[:, :, None], axis=(0, 2))
+        filler_L[maybe] = np.where(np.any(there, axis=0), first, filler_L[maybe])
+        maybe = maybe[alike]
+        if not maybe.size:
             return routing
-        block, known = routing.routes_TLK[at : at + step], routing.known()[at : at + step]
-        alike = (block[:, dense_L] == block[:, dense_L, :1]).all(axis=2)
-        dense_L[dense_L] = (alike | ~known[:, None]).all(axis=0)
+    dense_L = np.isin(np.arange(routing.layers), maybe) & (filler_L >= 0)
     if not dense_L.any() or dense_L.all():
         return routing
     kept = np.flatnonzero(~dense_L)
@@ -111,7 +118,7 @@ def without_dense(routing: Routing) -> Routing:
         routing,
         routes_TLK=np.ascontiguousarray(routing.routes_TLK[:, kept]),
         layer_ids=tuple(routing.layer_ids[i] for i in kept),
-        notes=(*routing.notes, f"layers {gone} repeat one id in every row: dense layers, left out"),
+        notes=(*routing.notes, f"layers {gone} hold one and the same id throughout: dense layers, left out"),
     )
 
 

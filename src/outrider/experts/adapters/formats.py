@@ -62,7 +62,8 @@ def read(path: Path, format: str | None = None, domain: str | None = None, ask: 
     routing = named(format or recognise(path)).read(path, ask or Ask())
     if not routing.layers or not routing.top_k:
         raise CallerError(f"{path}: no row of routes in it. Was the recording switched on?")
-    return without_dense(routing if domain is None else routing.domain(domain))
+    routing = without_dense(routing)
+    return routing if domain is None else routing.domain(domain)
 
 
 def convert(

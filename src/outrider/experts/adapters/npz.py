@@ -124,7 +124,7 @@ def read_domains(path: Path, ask: Ask) -> Routing:
     for name in names:
         for layer, at, block in file.planes(name + IDS):
             part = slice(starts[name] + at, starts[name] + at + len(block))
-            routes[part, layer] = block.clip(min=-1) if partial else block
+            routes[part, layer] = block.clip(min=-1 if partial else 0)
         own = file.whole(name + OFFSETS).astype(np.int64)
         if own.ndim != 1 or not own.size or own[0] != 0 or own[-1] != shapes[name][1] or (np.diff(own) < 0).any():
             raise CallerError(
