@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from outrider.memory import foresee, plan
 from outrider.memory.paths import Paths
-from outrider.memory.residency import At, Block, Residency
+from outrider.memory.residency import At, Residency
 from outrider.memory.settings import Settings
 from outrider.wants import Want
 
@@ -74,26 +74,29 @@ class Told:
         self.missing = {item: None for item in self.missing if item in self._paths.told}
         return plan.lifts([(want, at, item) for item in self.missing for want, at in self._paths.wants_of(item)])
 
-    def due_s(self, want: Want, block: Block) -> float:
-        """From when on a wanted block should be on its way to host.
+    def due_s(self, want: Want, source: str, size_bytes: int) -> float:
+        """From when on a wanted block of this size, which lies at `source`, should be on its way to host.
 
         From disk at once; what the hybrid tier holds can wait in the device's cache until its time is near.
         """
-        source = self._residency.source(block)
-        if source is None or source == "disk":
+        if source == "disk":
             return -math.inf
-        return foresee.latest_start_s(want.by_s, self._copy_s(block)) - foresee.SLACK_S
+        return foresee.latest_start_s(want.by_s, self._copy_s(source, size_bytes)) - foresee.SLACK_S
 
     def moments(self) -> list[float]:
         """When wants must be looked at by themselves: latest starts and deadlines of lifts, ends of patience."""
         moments = [want.by_s + self._settings.patience_s for want in self._paths.wants.values()]
+        alike: dict[tuple[str, int, str], Want] = {}  # most blocks of a path lie at one place, with one size
         for item in self.missing:
             block = self._residency.blocks[item]
-            for want, _ in self._paths.wants_of(item):
-                moments += [self.due_s(want, block), foresee.latest_start_s(want.by_s, self._copy_s(block)), want.by_s]
+            source = self._residency.source(block) or "disk"
+            for name in self._paths.told.get(item, ()):
+                alike[source, block.size_bytes, name] = self._paths.wants[name]
+        for (source, size_bytes, _), want in alike.items():
+            start_s = foresee.latest_start_s(want.by_s, self._copy_s(source, size_bytes))
+            moments += [self.due_s(want, source, size_bytes), start_s, want.by_s]
         return moments
 
-    def _copy_s(self, block: Block) -> float:
-        """Seconds for all that is missing, were it like this block."""
-        rate = self._settings.read_rate(self._residency.source(block) or "disk")
-        return len(self.missing) * block.size_bytes / rate
+    def _copy_s(self, source: str, size_bytes: int) -> float:
+        """Seconds for all that is missing, were it all of this kind."""
+        return len(self.missing) * size_bytes / self._settings.read_rate(source)

@@ -18,6 +18,7 @@ from outrider.memory.tally import DAMAGE, Tally
 from outrider.memory.told import Told
 
 COPIES_PER_SAVE = 64
+PIN_MARGIN = 2.0  # what is pinned makes way only for what is worth so many times as much: each change costs a read
 
 
 class Traffic:
@@ -92,13 +93,13 @@ class Traffic:
 
     def _foreseen(self, loads: dict[str, list[ev.Copy]]) -> None:
         prefetches: list[ev.Copy] = []
-        full = False
+        full = crowded = False  # no room any more: in host, in the device's cache
         for want, item in self.told.queue():
             block = self._residency.blocks[item]
             source = self._residency.source(block)
             if source is None:
                 continue
-            if not full and self.told.due_s(want, block) <= self._now:
+            if not full and self.told.due_s(want, source, block.size_bytes) <= self._now:
                 by_s = want.by_s if want.by_s > self._now else OPEN_END_S  # overdue: better late than by a lease
                 if self.flights.end_s(block, source, "host", self._now) > by_s:
                     continue  # would be late: asked again at the next event
@@ -108,8 +109,9 @@ class Traffic:
                     self._lift(block, source, start, loads, by_s)
                     continue
                 full = True
-            if source == "hybrid" and self._may_prefetch(block):
-                start = self.find("cache", block.size_bytes, below=self.room.worth(block, "cache"))
+            if source == "hybrid" and not crowded and self._may_prefetch(block):
+                start = self.find("cache", block.size_bytes, below=self.room.worth(block, "cache") / PIN_MARGIN)
+                crowded = start is None
                 if start is not None:
                     self._cached[item] = None
                     prefetches.append(self.flights.start(block, "hybrid", "cache", start, self._now))
