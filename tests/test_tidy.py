@@ -38,6 +38,8 @@ SHELLS = {
     "settings.py",
     "stack.py",
     "cli.py",
+    "study.py",
+    "commands.py",
 }
 SHELL_FOLDERS = {"tiers", "adapters", "lab"}
 IMPURE = {  # module that a pure file may not import: what to do instead

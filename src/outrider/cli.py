@@ -15,6 +15,7 @@ from rich.console import Console
 
 import outrider
 from outrider.errors import LawBroken, OutriderError
+from outrider.experts.commands import app as experts_app
 
 SAID_WRONG = 2  # exit code: the caller can mend it
 WENT_WRONG = 1  # exit code: it ran, and the answer is no
@@ -38,6 +39,7 @@ memory_app = typer.Typer(
     help="KV blocks beyond the engine: a host tier in shared memory, a disk tier behind it.", no_args_is_help=True
 )
 app.add_typer(memory_app, name="memory")
+app.add_typer(experts_app, name="experts")
 
 Port = Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)]
 Host = Annotated[str, typer.Option(help="Address to bind; anything but 127.0.0.1 is reachable from outside.")]

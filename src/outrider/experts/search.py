@@ -20,8 +20,8 @@ from outrider.experts.schedule import TIERS, StepPlan, assemble, choose, with_ho
 from outrider.experts.split import split
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
-REFINED, REFINEMENTS, DAMPING = 3, 8, 0.35  # the best ways, walked again, tokens shifted off ranks that links make slow
-SHARES_OF_BREAK_EVEN = (0.25, 1.0, 4.0)  # least gains that `time` tries, besides taking every gain
+REFINED, REFINEMENTS, DAMPING = 2, 8, 0.35  # the best ways, walked again, tokens shifted off ranks that links make slow
+SHARES_OF_BREAK_EVEN = (0.5, 2.0)  # least gains that `time` tries, besides taking every gain
 FAR = 2**31 - 1  # a gain that no copy reaches
 NOTHING, SPLIT, REPLICAS, RELOCATION = range(len(TIERS))
 Progress = Callable[[], None]
