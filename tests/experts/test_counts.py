@@ -166,7 +166,10 @@ def status(name):
 
 small = Path(sys.argv[2])
 counts(read(small), 4, microbatch_tokens=8)  # imports, compiles, allocates what is allocated once
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+try:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+except OSError:
+    sys.exit(77)
 before = status("VmRSS")
 routing = read(Path(sys.argv[1]))
 counted = counts(routing, 8, microbatch_tokens=len(routing.routes_TLK) // 8)
@@ -194,6 +197,8 @@ def test_reading_and_counting_hold_little_more_than_the_table(tmp_path: Any, for
         [sys.executable, "-c", MEASURE, str(tmp_path / "large.npz"), str(tmp_path / "small.npz")],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
+    if done.returncode == 77:
+        pytest.skip("this machine does not let a process start its peak again")
     assert done.returncode == 0, done.stderr
     table, grown = (int(number) for number in done.stdout.split())
     assert table == 320_000 * 16 * 8

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
 from outrider.errors import CallerError
-from outrider.experts.adapters import Ask, read
+from outrider.experts.adapters import Ask, from_sglang, from_vllm, read
+from outrider.experts.foresee import counts
+from outrider.lab.engine.request import Limits
+from outrider.lab.engine.server import Door, bound
 
 LAYERS, TOP_K = 2, 2
 
@@ -101,6 +105,31 @@ def test_our_engines_answers(tmp_path: Path) -> None:
     assert first_ids(read(tmp_path / "pretty.json")) == [0, 1, 2, 3] * 2
 
 
+async def test_a_real_engines_answers(tmp_path: Path) -> None:
+    """Answers over HTTP, as they came; the same prompt with twice the tokens begins with the same routes."""
+    door = Door.open("tiny-moe", Limits(2048, 128, 4), "float32")
+    sock = bound("127.0.0.1", 0)
+    runner = await door.listen(sock)
+    asked = {"prompt": "def main():", "temperature": 0, "return_routed_experts": True, "ignore_eos": True}
+    texts = []
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{sock.getsockname()[1]}") as session:
+        for tokens in (4, 8):
+            async with session.post("/v1/completions", json={**asked, "max_tokens": tokens}) as answer:
+                texts.append(await answer.text())
+    await door.close(runner)
+    (tmp_path / "answers.jsonl").write_text("\n".join(texts))
+    table = read(tmp_path / "answers.jsonl")
+    short, long = (json.loads(text)["choices"][0] for text in texts)
+    prompt = len(short["prompt_token_ids"])
+    assert table.offsets_S1.tolist() == [0, prompt + 4, 2 * prompt + 12]
+    assert table.known_T is None
+    assert table.routes_TLK[: prompt + 4].tolist() == short["prompt_routed_experts"] + short["routed_experts"]
+    assert table.routes_TLK[prompt + 4 :].tolist() == long["prompt_routed_experts"] + long["routed_experts"]
+    assert (table.routes_TLK[: prompt + 3] == table.routes_TLK[prompt + 4 :][: prompt + 3]).all()
+    assert counts(table, 2, microbatch_seqs=2).sum() == table.routes_TLK.size
+    assert from_vllm(json.loads(text) for text in texts).same(table)
+
+
 def sglang(prompt: int, output: int, array: Any, start: int = 0, **more: Any) -> dict[str, Any]:
     info = {"prompt_tokens": prompt, "completion_tokens": output, "routed_experts": b64(array), **more}
     return {"text": "", "meta_info": {**info, "routed_experts_start_len": start}}
@@ -124,6 +153,9 @@ def test_sglang_types_and_places(tmp_path: Path) -> None:
         "usage": {"prompt_tokens": 3, "completion_tokens": 2},
     }
     assert first_ids(read(write(tmp_path / "b", chat), ask=Ask(layers=2))) == [0, 1, 2, 3, None]
+    assert first_ids(from_sglang([chat, small], Ask(top_k=2))) == [0, 1, 2, 3, None] * 2
+    with pytest.raises(CallerError, match="answer 2, routed_experts: 16 ids"):
+        from_sglang([small | {"meta_info": {**small["meta_info"], "routed_experts_shape": [2, 2]}}, chat])
 
 
 def test_sglang_turns_are_stitched_by_session_and_never_guessed(tmp_path: Path) -> None:

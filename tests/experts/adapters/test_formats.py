@@ -154,4 +154,4 @@ def test_dense_layers_that_an_engine_numbers_too_are_left_out(tmp_path: Path) ->
         again = read(tmp_path / name)
         assert again.layer_ids == (1, 2), name
         assert (again.routes_TLK == routes[:, 1:]).all()
-        assert "layers [0] hold one and the same id" in again.notes[0]
+        assert "layers [0] hold one and the same id" in again.notes[-1]

@@ -54,7 +54,7 @@ def test_stages_are_merged_by_layer_and_ranks_by_token(tmp_path: Path) -> None:
     own = counts(table, 2, microbatch_seqs=2, own_source=True)
     assert own.shape[:3] == (2, 4, 2)
     assert own.sum(axis=(1, 3)).tolist() == [[16, 16], [24, 24]]
-    assert not table.notes
+    assert table.notes == ("186 experts: the largest id plus one",)
 
 
 def test_stages_that_count_layers_from_their_own_first(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ verl      a veRL batch, on disk or in memory                  lines     JSON fil
 answers   vLLM, SGLang, Outrider's engine                     megatron  router traces, a file a rank
 """
 
+from outrider.experts.adapters.answers import from_sglang, from_vllm
 from outrider.experts.adapters.filling import Ask
 from outrider.experts.adapters.formats import FORMATS, convert, read
 from outrider.experts.adapters.verl import from_verl
 
-__all__ = ["FORMATS", "Ask", "convert", "from_verl", "read"]
+__all__ = ["FORMATS", "Ask", "convert", "from_sglang", "from_verl", "from_vllm", "read"]

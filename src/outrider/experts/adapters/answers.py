@@ -18,7 +18,7 @@ import base64
 import binascii
 import io
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,16 @@ def _sgl_ext(choice: Record) -> Any:
 
 def read_vllm(path: Path, ask: Ask) -> Routing:
     """Answers of vLLM, or of Outrider's engine, which has the same names."""
-    parts = deque(part for where, record in records(path) for part in vllm_parts(record, where))
-    return _joined(parts, ask, str(path))
+    return _vllm(records(path), ask, str(path))
+
+
+def from_vllm(answers: Iterable[Record], ask: Ask | None = None) -> Routing:
+    """The same from answers in memory. CallerError names an answer by its number, from 1."""
+    return _vllm(((f"answer {i}", answer) for i, answer in enumerate(answers, start=1)), ask or Ask(), "answers")
+
+
+def _vllm(found: Iterable[tuple[str, Record]], ask: Ask, where: str) -> Routing:
+    return _joined(deque(part for name, record in found for part in vllm_parts(record, name)), ask, where)
 
 
 def vllm_parts(record: Record, where: str) -> Iterator[Part]:
@@ -147,10 +155,19 @@ def _small(rows: Ids) -> Ids:
 
 def read_sglang(path: Path, ask: Ask) -> Routing:
     """Answers of /generate, /v1/completions and /v1/chat/completions."""
+    return _sglang(records(path), ask, str(path))
+
+
+def from_sglang(answers: Iterable[Record], ask: Ask | None = None) -> Routing:
+    """The same from answers in memory. CallerError names an answer by its number, from 1."""
+    return _sglang(((f"answer {i}", answer) for i, answer in enumerate(answers, start=1)), ask or Ask(), "answers")
+
+
+def _sglang(found: Iterable[tuple[str, Record]], ask: Ask, name: str) -> Routing:
     parts: list[Part] = []
     at_session: dict[str, int] = {}
     shape = (ask.layers, ask.top_k)
-    for where, record in records(path):
+    for where, record in found:
         for i, (info, prompt, output) in enumerate(_infos(record, where)):
             part = _flat(f"{where}, routed_experts", info, prompt, output, shape)
             session = info.get("session_id", record.get("session_id"))
@@ -161,7 +178,7 @@ def read_sglang(path: Path, ask: Ask) -> Routing:
             if key is not None:
                 at_session[key] = len(parts)
             parts.append(part)
-    return _joined(deque(parts), ask, str(path))
+    return _joined(deque(parts), ask, name)
 
 
 def _infos(record: Record, where: str) -> Iterator[tuple[Record, int | None, int | None]]:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from outrider.errors import CallerError
 from outrider.experts.adapters import answers, megatron, npz, verl
 from outrider.experts.adapters.filling import Ask, without_dense
@@ -59,9 +61,13 @@ def read(path: Path, format: str | None = None, domain: str | None = None, ask: 
     """
     if not path.exists():
         raise CallerError(f"{path}: no such file or folder. Name one that holds routes.")
-    routing = named(format or recognise(path)).read(path, ask or Ask())
+    ask, name = ask or Ask(), format or recognise(path)
+    routing = named(name).read(path, ask)
     if not routing.layers or not routing.top_k:
         raise CallerError(f"{path}: no row of routes in it. Was the recording switched on?")
+    if ask.experts is None and name != "outrider":
+        note = f"{routing.experts} experts: the largest id plus one"
+        routing = msgspec.structs.replace(routing, notes=(*routing.notes, note))
     routing = without_dense(routing)
     return routing if domain is None else routing.domain(domain)
 
