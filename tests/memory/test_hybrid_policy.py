@@ -105,7 +105,7 @@ def test_pins_stay_within_the_budget_and_go_to_the_better_want() -> None:
     commands = want(policy, A, 60.0, 2.0, saved_s=1.0) + want(policy, B, 60.0, 2.0, saved_s=2.0)
     policy.handle(ev.Copied(numbers(*of(ev.Prefetch, commands))), 3.0)
     assert items(*of(ev.Prefetch, commands)) == [A, B]
-    assert not of(ev.Prefetch, want(policy, C, 60.0, 3.0, saved_s=0.5)), "worth less than what is pinned"
+    assert not of(ev.Prefetch, want(policy, C, 60.0, 3.0, saved_s=1.5)), "not worth twice what is pinned"
     commands = want(policy, D, 60.0, 3.0, saved_s=9.0)
     unpin, prefetch = (command for command in commands if isinstance(command, ev.Unpin | ev.Prefetch))
     assert unpin == ev.Unpin((ev.Span(policy.residency.blocks[A].at["hybrid"], 8),)) and items(prefetch) == [D]
