@@ -141,6 +141,21 @@ def test_a_damaged_block_ends_the_load_there_and_vllm_computes(settings: Setting
         settled(second)
 
 
+def test_whoever_loaded_in_vain_does_not_ask_again(settings: Settings, memory: Memory) -> None:
+    """Blocks that memory says it has, and that are of no use: of another size than a block's."""
+    with engine(settings()) as running, outrider_memory.connect(memory.socket) as store:
+        request = running.add(PROMPT)
+        keys = running.scheduler.connector._asking.space.adopt(request.block_hashes)
+        running.abort(request.request_id)
+        store.complete(store.prepare(keys, 8))
+        for _ in range(2):
+            before = memory.seen("Lease")
+            assert running.ask(PROMPT) == (answer(PROMPT), 103)
+            assert memory.seen("Lease") == before + 1
+            running.forget()
+        settled(running)
+
+
 def test_no_server_at_the_start_costs_nothing_and_one_that_comes_is_found(smollm2: Path, tmp_path: Path) -> None:
     late = Memory(tmp_path, "host=8MiB", start=False)
     with engine(config(smollm2, late.socket)) as running:
@@ -189,10 +204,13 @@ def test_a_load_that_never_ends_is_given_up_and_its_late_bytes_touch_nothing(
         assert running.outputs[request.request_id] == answer(PROMPT)
         assert 0.3 <= time.monotonic() - began_s < 3.0
         assert running.counts["late_loads"] == 1
+        others = [random.Random(seed).choices(range(900), k=70) for seed in range(2)]
+        names = [running.add(other, max_tokens=9).request_id for other in others]
+        running.until(lambda: all(running.outputs[name] for name in names))  # its blocks are theirs now
         memory.go_on("Lease")
-        for seed in range(8):  # other contexts go through the very same blocks, and are read back whole
-            other = random.Random(seed).choices(range(900), k=100)
-            assert running.ask(other)[0] == answer(other)
+        wait_for(lambda: memory.seen("Release") == 1)  # its bytes came, late
+        running.run()
+        assert [running.outputs[name] for name in names] == [answer(other, 9) for other in others]
         settled(running)
 
 
@@ -270,19 +288,20 @@ def test_a_save_that_never_ends_gives_its_blocks_back(settings: Settings, memory
 
 def test_preempted_while_it_is_saved(settings: Settings, memory: Memory) -> None:
     """Two contexts in a cache for one and a half: what one had saved half is never the other's bytes."""
-    prompts = [PROMPT, [x + 300 for x in PROMPT]]
+    jobs = [(PROMPT, 120), ([x + 300 for x in PROMPT], 60)]
     with engine(settings(extra={"patience_s": 20.0}), num_blocks=16) as running:
         memory.hold("Prepare")
-        requests = [running.add(prompt, max_tokens=60) for prompt in prompts]
-        running.until(lambda: any(request.num_preemptions for request in requests))
+        requests = [running.add(prompt, max_tokens=length) for prompt, length in jobs]
+        running.until(lambda: requests[0].num_tokens > 210)
+        assert requests[1].num_preemptions, "its blocks are the other's now"
         memory.go_on("Prepare")
         running.run()
-        for request, prompt in zip(requests, prompts, strict=True):
-            assert running.outputs[request.request_id] == answer(prompt, 60)
+        for request, (prompt, length) in zip(requests, jobs, strict=True):
+            assert running.outputs[request.request_id] == answer(prompt, length)
         settled(running)
     with engine(settings(), num_blocks=40) as second:
-        for prompt in prompts:
-            turn = prompt + answer(prompt, 60)
+        for prompt, length in jobs:
+            turn = prompt + answer(prompt, length)
             assert second.ask(turn)[0] == answer(turn)
 
 
