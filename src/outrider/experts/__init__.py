@@ -15,9 +15,22 @@ This much needs numpy, and numba from the first call on. Carrying plans out on a
 """
 
 from outrider.experts.eplb import rebalance_experts
-from outrider.experts.foresee import foresee
+from outrider.experts.foresee import counts, foresee
 from outrider.experts.plan import Plan, contiguous_homes, plan
 from outrider.experts.policy import Policy, Settings
+from outrider.experts.routing import Routing
 from outrider.experts.split import Split, split
 
-__all__ = ["Plan", "Policy", "Settings", "Split", "contiguous_homes", "foresee", "plan", "rebalance_experts", "split"]
+__all__ = [
+    "Plan",
+    "Policy",
+    "Routing",
+    "Settings",
+    "Split",
+    "contiguous_homes",
+    "counts",
+    "foresee",
+    "plan",
+    "rebalance_experts",
+    "split",
+]

@@ -91,10 +91,11 @@ def test_steps_and_rank_numbers_are_taken_in_order(tmp_path: Path) -> None:
 
 
 def test_prediction_heads_share_layer_numbers_and_are_left_out(tmp_path: Path) -> None:
-    lines = [*trace(1, [[0, 1]], [2]), (0, line(0, 0, 0, 90, 2, block="mtp", mtp_idx=0))]
+    heads = [(0, line(0, 0, 0, 90, 2, block="mtp", mtp_idx=0)), (0, line(0, 1, 0, 90, 2, block="mtp"))]
+    lines = [*heads, *trace(1, [[0, 1]], [2])]
     table = read(folder(tmp_path / "t", lines))
     assert table.routes_TLK[:, 0, 0].tolist() == [0, 1]
-    assert "1 records of multi-token-prediction heads left out" in table.notes
+    assert "2 records of multi-token-prediction heads left out" in table.notes
 
 
 def test_rows_missing_in_one_stage(tmp_path: Path) -> None:
