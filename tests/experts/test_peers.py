@@ -235,6 +235,8 @@ def test_uneven_slots_and_experts() -> None:
     check(counts[0], np.array([3, 3, 3, 3]), hosts, rows)
     assert hosts.shape == (1, 4, 6)
     check(counts[1], np.array([3, 3, 3, 6]), *make("lplb-like", counts, np.array([0, 0, 1, 4]), 4).step(1))
+    counts[..., 5] = 90  # the heaviest of rank 1, which rank 2 is the first to copy from
+    assert 5 in make("lplb-like", counts, np.array([0, 0, 1, 4]), 4).step(0)[0][0, 2]
     with pytest.raises(CallerError, match="10 experts in 2 slots"):
         make("eplb", counts, np.zeros(4, int), 4).step(0)
     with pytest.raises(CallerError, match="planner magic"):

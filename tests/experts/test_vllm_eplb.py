@@ -78,6 +78,23 @@ def test_a_placement_that_is_good_stays(problem: tuple[Any, tuple[int, int, int,
     assert (arrange(before, *sizes, old) == old).all()
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 4), (2, 2), (3, 2)]))
+@settings(max_examples=200, deadline=None)
+def test_renumbered_ranks_share_no_less_than_they_did(seed: int, shape: tuple[int, int]) -> None:
+    from outrider.experts import climb
+
+    nodes, size = shape
+    rng = np.random.default_rng(seed)
+    place, old = rng.integers(0, 7, (2, nodes * size, 3))
+    new = climb.like(place, old, 7, size)
+    assert copies([new.ravel()], [old.ravel()], nodes * size) <= copies([place.ravel()], [old.ravel()], nodes * size)
+    by_node = [sorted(sorted(rank) for rank in node) for node in new.reshape(nodes, size, 3).tolist()]
+    assert sorted(by_node) == sorted(
+        sorted(sorted(rank) for rank in node) for node in place.reshape(nodes, size, 3).tolist()
+    )
+    assert copies([climb.like(place, place[::-1].copy(), 7, size).ravel()], [place[::-1].ravel()], nodes * size) == 0
+
+
 def test_few_copies_where_the_load_drifts() -> None:
     """128 experts on 32 ranks of 6 slots; each load drifts by a fifth. EPLB packs anew: nearly all 192 slots move."""
     rng = np.random.default_rng(0)
