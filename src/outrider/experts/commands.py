@@ -153,12 +153,21 @@ def convert(
         str, typer.Option(help="outrider, domains, dump, verl, vllm, engine, sglang, megatron.")
     ] = "outrider",
     format: Form = None,
+    domain: Domain = None,
+    experts: Experts = None,
+    layers: Annotated[int | None, typer.Option(help="MoE layers, where the file does not say.", min=1)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts of a token, where the file does not say.", min=1)] = None,
+    pipeline: Annotated[int, typer.Option(help="Pipeline stages of a Megatron trace.", min=1)] = 1,
+    step: Annotated[int | None, typer.Option(help="RL step of a trace that holds several.", min=0)] = None,
 ) -> None:
     """Write a routing table in another format."""
+    from outrider.experts.adapters import Ask
     from outrider.experts.adapters import convert as write
 
-    write(routing, out, to=to, format=format)
-    Console().print(f"Routes: {out}", soft_wrap=True, highlight=False)
+    ask = Ask(experts=experts, layers=layers, top_k=top_k, pipeline=pipeline, step=step)
+    table = write(routing, out, to=to, format=format, domain=domain, ask=ask)
+    words = f"Routes: {out}, {table.tokens} tokens, {table.layers} layers, top {table.top_k} of {table.experts}"
+    Console().print(words, soft_wrap=True, highlight=False)
 
 
 def _in_nodes(ranks: int, nodes: int) -> int:
