@@ -124,6 +124,13 @@ def test_what_is_not_known_is_not_kept() -> None:
         arrange(weight, 13, 1, 1, 4)
 
 
+def test_groups_that_lay_in_two_nodes_or_none_come_together() -> None:
+    """An old placement that was made for one node: expert 0 in both nodes, expert 3 in none."""
+    new = arrange(np.array([[9, 4, 4, 1]]), 4, 4, 2, 2, np.array([[0, 1, 0, 2]]))
+    assert sorted(new[0].tolist()) == [0, 1, 2, 3]
+    assert new[0].tolist()[:2] in ([0, 3], [3, 0]) or new[0].tolist()[2:] in ([0, 3], [3, 0])
+
+
 IN_VLLM = """
 import torch
 from vllm.distributed.eplb.migration_scheduler import schedule_migration_batches
