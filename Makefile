@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job, live: agents, memory and experts on real input, about 5 minutes
 	$(BIN)/outrider demo
 
-test: $(READY)  ## everything that CI runs, under 10 minutes on 2 cores
+test: $(READY)  ## lint, types and every test but vLLM's, under 10 minutes on 2 cores
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
