@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 import pytest
+import vllm
 from relay import Relay
 
-import vllm
 from conftest import ROOT
 from outrider import memory
 from outrider.lab.processes import Child, Children, await_http, await_path, free_port
