@@ -14,6 +14,7 @@ class Held(Server):
     def __init__(self, tiers: Any) -> None:
         super().__init__(tiers)
         self.seen: list[str] = []
+        self.ends = False  # what it did not see to by then is never answered
         self.gates: dict[str, threading.Event] = {}
 
     def _request(self, peer: Any, message: wire.Request) -> None:
@@ -21,7 +22,8 @@ class Held(Server):
         self.seen.append(kind)
         if gate := self.gates.get(kind):
             gate.wait(30)
-        super()._request(peer, message)
+        if not self.ends:
+            super()._request(peer, message)
 
 
 class Memory:
@@ -43,6 +45,7 @@ class Memory:
 
     def stop(self) -> None:
         """Every connection ends, whatever is under way on it."""
+        self.server.ends = True
         self.server.stop()
         for kind in list(self.server.gates):
             self.go_on(kind)

@@ -387,6 +387,70 @@ def test_external_caches_that_are_reset_are_not_served(settings: Settings, memor
         assert running.ask(PROMPT) == (answer(PROMPT), 103 - WHOLE)
 
 
+def test_requests_under_way_when_external_caches_are_reset_meet_no_old_block(
+    settings: Settings, memory: Memory
+) -> None:
+    """One waits with an answer of before the reset, one runs: neither loads an old block, nor saves one as new."""
+    other = [x + 300 for x in PROMPT]
+    fill(settings, memory, PROMPT, other)
+    with engine(settings(max_num_seqs=1)) as running:
+        runs = running.add(other, max_tokens=30)
+        running.until(lambda: running.outputs[runs.request_id])
+        waits = running.add(PROMPT)
+        connector = running.scheduler.connector
+        wait_for(lambda: connector.get_num_new_matched_tokens(waits, 0)[0] == WHOLE)
+        assert running.computed[runs.request_id] < WHOLE, "it was loaded"
+        running.scheduler.reset_prefix_cache(reset_connector=True)
+        running.run()
+        assert running.computed[waits.request_id] == 103, "the weights may be others now"
+        running.forget()
+        assert running.ask(other + answer(other, 29)) == (answer(other + answer(other, 29)), 132)
+        settled(running)
+
+
+def test_preempted_by_a_reset_of_external_caches_it_is_computed_anew(settings: Settings, memory: Memory) -> None:
+    fill(settings, memory)
+    with engine(settings()) as running:
+        request = running.add(PROMPT, max_tokens=20)
+        running.until(lambda: running.outputs[request.request_id])
+        assert running.computed[request.request_id] < WHOLE, "it was loaded"
+        assert running.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        running.run()
+        assert running.outputs[request.request_id] == answer(PROMPT, 20)
+        assert running.computed[request.request_id] > len(PROMPT)
+        running.forget()
+        assert running.ask(PROMPT) == (answer(PROMPT), 103 - WHOLE), "what it computed since is saved"
+
+
+def test_steps_longer_than_an_answer_is_fresh_put_nobody_off(
+    settings: Settings, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step finds an answer that is older than it may be: the first look at it counts."""
+    fill(settings, memory)
+    monkeypatch.setattr("outrider.memory.adapters.asking.FRESH_S", 0.02)
+    with engine(settings()) as running:
+        busy = running.add([5] * 20, max_tokens=200)
+        running.until(lambda: running.outputs[busy.request_id])
+        request = running.add(PROMPT)
+        for _ in range(12):
+            time.sleep(0.05)
+            running.step()
+        assert request.request_id in running.reasons, "it waits for as long as others run"
+        assert running.computed[request.request_id] == 103 - WHOLE
+
+
+def test_what_a_load_overwrites_may_still_be_written_by_the_step_before(settings: Settings, memory: Memory) -> None:
+    """On a device steps are launched, not over: a load waits for them, as a save does."""
+    fill(settings, memory)
+    with engine(settings()) as running:
+        pages, fences = running.worker._copying.pages, []
+        write = pages.write
+        pages.fence = lambda: "launched"
+        pages.write = lambda block, view, after: (fences.append(after), write(block, view, after))
+        assert running.ask(PROMPT) == (answer(PROMPT), 103 - WHOLE)
+        assert fences == ["launched"] * 6
+
+
 def test_the_gateways_wants_find_the_context_by_its_call_id(settings: Settings, memory: Memory) -> None:
     with engine(settings()) as running:
         running.ask(PROMPT, name="chatcmpl-call-0123456789abcdef-1a2b3c4d")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from pretended import BLOCK, answer, blocks_config, config, engine
 from servers import Memory
 from vllm.config import set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
 
-import vllm
 from outrider.errors import CallerError
 from outrider.memory.adapters import weights
 from outrider.memory.adapters.asking import path_of
@@ -58,6 +58,7 @@ def test_a_good_configuration_starts_without_a_server(good: Any) -> None:
         ("kv_transfer_config", {"kv_connector_extra_config": {"socket": "/x", "patience": 1}}, "patience_s"),
         ("cache_config", {"prefix_caching_hash_algo": "xxhash"}, "sha256"),
         ("cache_config", {"cache_dtype": "fp8"}, "auto"),
+        ("cache_config", {"cache_dtype": "int8_per_token_head"}, "auto"),
         ("cache_config", {"block_size": 2 * BLOCK}, "--block-size"),
         ("parallel_config", {"world_size": 2}, "one rank an engine"),
     ],
@@ -173,9 +174,12 @@ def test_made_up_weights_are_refused(good: Any) -> None:
 
 
 def test_a_changed_shape_is_another_model(smollm2: Path, good: Any) -> None:
-    same = config(smollm2, NOWHERE, max_num_seqs=2, max_model_len=256)
-    other = config(smollm2, NOWHERE, hf_overrides={"rope_theta": 5.0})
-    assert numbers_of(same.model_config) == numbers_of(good.model_config) != numbers_of(other.model_config)
+    """So is another longest context: vLLM chooses rotary factors and temperatures by it."""
+    same = config(smollm2, NOWHERE, max_num_seqs=2, max_num_batched_tokens=512)
+    assert numbers_of(same.model_config) == numbers_of(good.model_config)
+    for other in ({"hf_overrides": {"rope_theta": 5.0}}, {"max_model_len": 256}):
+        changed_config = config(smollm2, NOWHERE, **other)
+        assert numbers_of(changed_config.model_config) != numbers_of(good.model_config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -193,7 +197,7 @@ def test_pages_move_whole_blocks_bit_by_bit(dtype: torch.dtype, shape: tuple[int
     for raw in bits.values():
         raw.zero_()
     for block, view in enumerate(stored):
-        pages.write(block, view.toreadonly())
+        pages.write(block, view.toreadonly(), pages.fence())
     assert all(torch.equal(bits[name], before[name]) for name in bits)
 
 

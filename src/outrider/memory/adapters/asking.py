@@ -71,10 +71,12 @@ class Known:
     answer: int = 0
     answered_s: float = -1e9
     asked_s: float | None = None  # a look-up is under way since
+    awaited: bool = False  # the scheduler was told to come again, and has not seen the answer yet
     loading: Copies | None = None
     vain: bool = False  # it loaded, and some of it failed
     offered: int = 0  # leading blocks whose save was ordered
     saves: bool = False
+    outdated: bool = False  # its blocks were computed before the keys were renewed: not to be saved
 
 
 class Asking:
@@ -113,6 +115,8 @@ class Asking:
         if known is None or known.vain or here >= usable or request.skip_reading_prefix_cache or self.reach.resting:
             return 0
         now = self.clock()
+        if known.awaited and known.asked_s is None:  # fresh from here on, however long a step takes
+            known.awaited, known.answered_s = False, now
         keys = self._keys(known)
         loader, until_s = self._loading.get(keys[here], ("", 0.0))
         if loader and loader != request.request_id and now < until_s:
@@ -120,7 +124,8 @@ class Asking:
         if now - known.answered_s > FRESH_S:
             if known.asked_s is None:
                 self._ask(known)
-            return None if now - (known.asked_s or now) < LOOK_UP_S else 0
+            known.awaited = now - (known.asked_s or now) < LOOK_UP_S
+            return None if known.awaited else 0
         return max(0, min(known.answer, usable) - here) * self.block_tokens
 
     def allocated(self, request: Request, blocks: Sequence[int], here: int, external_tokens: int) -> None:
@@ -145,7 +150,7 @@ class Asking:
         """The step's orders: its loads, and saves of the blocks that its forward pass fills. Resets them."""
         for name in preempted:
             if known := self._known.get(name):
-                known.offered, known.saves, known.answered_s = 0, False, -1e9
+                known.offered, known.saves, known.answered_s, known.outdated = 0, False, -1e9, False
         for name, tokens in scheduled.items():
             if known := self._known.get(name):
                 written = (known.request.num_computed_tokens + tokens) // self.block_tokens
@@ -180,11 +185,18 @@ class Asking:
             return False
         written = max(0, request.num_computed_tokens - request.num_in_flight_tokens) // self.block_tokens
         self._offer(known, written, lambda: blocks)
-        if known.offered:
+        if known.offered and not known.outdated:
             self._foresee(known, known.offered)
         if known.saves:
             self._held.append(request.request_id)
         return known.saves
+
+    def renew(self, space: KeySpace) -> None:
+        """Other keys from now on: no request, new or under way, meets a block of the old ones, or saves one as new."""
+        self.space = space
+        for known in self._known.values():
+            known.keys, known.answer, known.answered_s = [], 0, -1e9
+            known.outdated = known.request.num_computed_tokens > 0
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -199,7 +211,7 @@ class Asking:
     def _offer(self, known: Known, written: int, blocks: Callable[[], Sequence[int]]) -> None:
         """Order saves of blocks that are whole, written and hashed; of those found here too: memory may lack them."""
         stop = min(written, len(known.request.block_hashes))
-        if stop > known.offered:
+        if stop > known.offered and not known.outdated:
             start, known.offered, known.saves = known.offered, stop, True
             keys = tuple(self._keys(known)[start:stop])
             self._saves.append(Copies(known.request.request_id, keys, tuple(blocks()[start:stop])))
@@ -216,7 +228,7 @@ class Asking:
     def _ask(self, known: Known, lift: bool = False) -> None:
         """Have the thread look the request up; `lift`: and want in host what is found."""
         usable = (known.request.num_tokens - 1) // self.block_tokens
-        keys = list(self._keys(known)[:usable])
+        keys, space = list(self._keys(known)[:usable]), self.space
         if not keys:
             known.answer, known.answered_s = 0, float("inf")
             return
@@ -224,6 +236,8 @@ class Asking:
 
         def look_up() -> None:
             found = self.reach.ask(lambda store: store.lookup(keys), 0)
+            if space is not self.space:  # renewed meanwhile: these are nobody's keys
+                found = 0
             known.answer, known.answered_s, known.asked_s = found, self.clock(), None
             if lift and found:
                 name, worth_s = path_of(known.request.request_id), found * self.block_tokens * self.token_s

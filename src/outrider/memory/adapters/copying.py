@@ -78,8 +78,10 @@ class Copying:
                 self._end(job)
 
     def load(self, orders: Orders) -> None:
+        """What was launched before, and may still write to these blocks for their last owner, is behind the fence."""
+        fence = self.pages.fence() if orders.loads else None
         for copies in orders.loads:
-            job = Job(copies, self._deadline_s(self._loads, copies))
+            job = Job(copies, self._deadline_s(self._loads, copies), fence)
             self._loads.append(job)
             self._reads.put(job)
 
@@ -182,7 +184,7 @@ class Copying:
                 with job.lock:
                     if job.over:
                         return good
-                    self.pages.write(block, view)
+                    self.pages.write(block, view, job.after)
         return len(blocks)
 
     def _save(self, job: Job) -> int:

@@ -5,7 +5,7 @@ CPU kernel packs tokens across a block for its instruction set, so that only who
 how they are ordered, and belongs in the key.
 
     host tensors     copied straight between the tensor and memory's arena
-    device tensors   over pinned staging on a stream of the copying thread, after the step that wrote the blocks
+    device tensors   over pinned staging on a stream of the copying thread, after what was launched before
 """
 
 import threading
@@ -45,7 +45,7 @@ class Pages:
         self._lane = threading.local()
 
     def fence(self) -> Any:
-        """A moment of the device's queue: what was launched before it must be over before a block is read."""
+        """A moment of the device's queue: what was launched before it must be over before a block is touched."""
         if self._on_host:
             return None
         moment = torch.Event(self._device)
@@ -66,14 +66,14 @@ class Pages:
         self._lane.stream.synchronize()
         data[:] = staging.numpy()
 
-    def write(self, block: int, data: memoryview) -> None:
-        """Copy a block's bytes into the tensors; they are there when this returns."""
+    def write(self, block: int, data: memoryview, after: Any) -> None:
+        """Copy a block's bytes into the tensors, `after` a fence; they are there when this returns."""
         source = np.frombuffer(data, np.uint8)
         if self._on_host:
             for rows, start, stop in self._parts:
                 rows[block] = source[start:stop].view(rows.dtype).reshape(rows.shape[1:])
             return
-        staging = self._staging(None)
+        staging = self._staging(after)
         staging.numpy()[:] = source
         with self._lane.stream:
             for rows, start, stop in self._parts:

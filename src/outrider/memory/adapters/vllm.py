@@ -41,6 +41,7 @@ from outrider.memory.keys import KeySpace
 
 SUPPORTED = ("0.32",)  # whose interface was read and run call by call
 WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")  # caches that keep every block of a request
+PLAIN = ("auto", "float16", "bfloat16")  # vLLM has told by now what `auto` stands for, where it is none of these
 CALL_S = 2.0  # one exchange with memory
 LOG = logging.getLogger("vllm.outrider")  # under vLLM's name, so that vLLM's handlers show it
 
@@ -118,7 +119,7 @@ class OutriderConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _space(self, layout: str) -> None:
         assert self._asking is not None
         model, cache = self._config.model_config, self._config.cache_config
-        self._asking.space = KeySpace(
+        space = KeySpace(
             model=self._weights,
             dtype=f"{model.dtype} {cache.cache_dtype}",
             layout=layout,
@@ -126,7 +127,8 @@ class OutriderConnector(KVConnectorBase_V1):  # type: ignore[misc]
             salt=self._settings.salt,
             adapter=numbers_of(model) + (f" renewed {os.urandom(8).hex()}" if self._renewed else ""),
         )
-        LOG.info("Outrider: blocks of %d tokens, key space %s.", cache.block_size, self._asking.space.root().hex())
+        self._asking.renew(space)
+        LOG.info("Outrider: blocks of %d tokens, key space %s.", cache.block_size, space.root().hex())
 
     def on_new_request(self, request: Any) -> None:
         if self._asking:
@@ -286,8 +288,8 @@ def check(config: Any, blocks: Any) -> None:
             "speculative decoding has a draft whose blocks lag behind; leave --speculative-config out",
         ),
         (
-            str(cache.cache_dtype).startswith("fp8"),
-            f"a KV cache of {cache.cache_dtype} has scales that are not in its blocks; set --kv-cache-dtype auto",
+            str(cache.cache_dtype) not in PLAIN,
+            f"a KV cache of {cache.cache_dtype} may have scales that are not in its blocks; set --kv-cache-dtype auto",
         ),
         (
             hashed != cache.block_size,
@@ -315,11 +317,14 @@ def weights_of(config: Any) -> str:
 
 
 def numbers_of(model: Any) -> str:
-    """Digest of what else decides the numbers: the configuration as overridden, and how weights are quantised."""
+    """Digest of what else decides the numbers: the configuration as overridden, and how weights are quantised.
+
+    The longest context too: with it vLLM chooses among rotary factors (Phi-3) and temperatures (Llama 4).
+    """
     shape = json.loads(model.hf_config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version"):
         shape.pop(name, None)
-    said = json.dumps([shape, str(model.quantization)], sort_keys=True)
+    said = json.dumps([shape, str(model.quantization), model.max_model_len], sort_keys=True)
     return blake2b(said.encode(), digest_size=16).hexdigest()
 
 
