@@ -23,17 +23,18 @@ from numba import njit
 from outrider.experts.events import Array
 
 FAR = 1 << 60
+UNKNOWN = -2
 
 
 class Layer(NamedTuple):
-    """What is given for one layer: home and slots, node of each rank, and H micro-steps ahead."""
+    """What is given for one layer: home and slots, node of each rank, and what H micro-steps ahead will need."""
 
     homes_E: Array
     slots_R: Array
     nodes_R: Array
-    ahead_HE: Array  # token-slots of each expert
     bias_R: Array
-    over_HR: Array  # load at home over ceil(mean) of each rank; negative: room
+    spill_EH: Array  # of each expert in each of those: tokens that its home, over ceil(mean), would give away
+    room_RH: Array  # of each rank: what it is below ceil(mean) at home
     least_gain: int  # tokens that a new copy must drain to be worth its move
 
 
@@ -268,10 +269,8 @@ def _measure(flow: Flow, most: int) -> None:
 def _worth(given: Layer, e: int, r: int) -> int:
     """Tokens that a copy of e on r would take off e's home in the micro-steps ahead, each counting half the last."""
     total = 0
-    for h in range(given.ahead_HE.shape[0]):
-        amount = min(given.over_HR[h, given.homes_E[e]], -given.over_HR[h, r], given.ahead_HE[h, e])
-        if amount > 0:
-            total += amount >> h
+    for h in range(given.room_RH.shape[1]):
+        total += min(given.spill_EH[e, h], given.room_RH[r, h]) >> h
     return total
 
 
@@ -300,7 +299,10 @@ def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
     picks_RP [ranks, 4]: gain, expert, from rank, slot. across: copies from another node, or only from the own one.
     """
     ranks = given.slots_R.size
+    one_node = given.nodes_R[ranks - 1] == given.nodes_R[0]
     most = 0
+    if across and one_node:
+        return most
     off_R = flow.queue_R  # what one expert can take off each rank at most
     for u in range(ranks):
         off_R[u] = 0
@@ -314,6 +316,7 @@ def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
         if slot < 0:
             continue
         best, best_worth = given.least_gain, -1
+        pick = flow.picks_RP[r]
         for u in range(ranks):
             limit = min(flow.deep_R[r] + loss, off_R[u])
             if limit - loss < best:
@@ -321,12 +324,15 @@ def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
             for i in range(flow.on_R[u]):
                 e = flow.on_RX[u, i]
                 gain = min(limit, flow.tokens_ER[e, u]) - loss
-                if gain < best or flow.held_ER[e, r] == 1 or across == _near(flow, given, e, r):
+                if gain < best or flow.held_ER[e, r] == 1 or (not one_node and across == _near(flow, given, e, r)):
                     continue
-                worth = _worth(given, e, r)
+                worth = UNKNOWN
+                if gain == best:  # ties alone need to know what is ahead
+                    if best_worth == UNKNOWN:
+                        best_worth = _worth(given, pick[1], r)
+                    worth = _worth(given, e, r)
                 if gain > best or worth > best_worth:
                     best, best_worth = gain, worth
-                    pick = flow.picks_RP[r]
                     pick[0], pick[1], pick[2], pick[3] = gain, e, u, slot
         most = max(most, flow.picks_RP[r, 0])
     return most
@@ -395,41 +401,50 @@ def improve(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
 
 @njit(cache=True)
 def rough(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
-    """The large copies first, inside nodes, straight from the hottest rank to the coldest that has a slot to spare."""
+    """The large copies first, node by node, straight from the hottest rank to the coldest that has a slot to spare.
+
+    In each node as long as a copy takes off half of what the node's first one did.
+    """
     load_R, ranks = flow.load_R, given.slots_R.size
-    first = 0
-    while True:
-        hot, cold, slot = 0, -1, -1
-        for r in range(ranks):
-            if load_R[r] > load_R[hot]:
-                hot = r
-        for r in range(ranks):
-            if load_R[r] < most and (cold < 0 or load_R[r] < load_R[cold]):
-                s, loss = _slot(flow, given, replicas_RS, r)
-                if s >= 0 and loss == 0:
-                    cold, slot = r, s
-        if cold < 0:
-            return
-        want = min(load_R[hot] - most, most - load_R[cold])
-        chosen, amount, best_worth = -1, 0, -1
-        for i in range(flow.on_R[hot]):
-            e = flow.on_RX[hot, i]
-            some = min(want, flow.tokens_ER[e, hot])
-            if some < max(amount, 1) or flow.held_ER[e, cold] == 1:
-                continue
-            if given.nodes_R[given.homes_E[e]] != given.nodes_R[cold]:
-                continue
-            worth = _worth(given, e, cold)
-            if some > amount or worth > best_worth:
-                chosen, amount, best_worth = e, some, worth
-        first = max(first, amount)
-        if amount < given.least_gain or amount * 2 < first:
-            return
-        _bring(flow, given, replicas_RS, chosen, cold, slot)
-        flow.tokens_ER[chosen, hot] -= amount
-        flow.tokens_ER[chosen, cold] += amount
-        load_R[hot] -= amount
-        load_R[cold] += amount
+    begin = 0
+    while begin < ranks:
+        end = begin + 1
+        while end < ranks and given.nodes_R[end] == given.nodes_R[begin]:
+            end += 1
+        first = 0
+        while True:
+            hot, cold, slot = begin, -1, -1
+            for r in range(begin, end):
+                if load_R[r] > load_R[hot]:
+                    hot = r
+            if load_R[hot] <= most:
+                break
+            for r in range(begin, end):
+                if load_R[r] < most and (cold < 0 or load_R[r] < load_R[cold]):
+                    s, loss = _slot(flow, given, replicas_RS, r)
+                    if s >= 0 and loss == 0:
+                        cold, slot = r, s
+            if cold < 0:
+                break
+            want = min(load_R[hot] - most, most - load_R[cold])
+            chosen, amount, best_worth = -1, 0, -1
+            for i in range(flow.on_R[hot]):
+                e = flow.on_RX[hot, i]
+                some = min(want, flow.tokens_ER[e, hot])
+                if some < max(amount, 1) or flow.held_ER[e, cold] == 1:
+                    continue
+                worth = _worth(given, e, cold)
+                if some > amount or worth > best_worth:
+                    chosen, amount, best_worth = e, some, worth
+            first = max(first, amount)
+            if amount < given.least_gain or amount * 2 < first:
+                break
+            _bring(flow, given, replicas_RS, chosen, cold, slot)
+            flow.tokens_ER[chosen, hot] -= amount
+            flow.tokens_ER[chosen, cold] += amount
+            load_R[hot] -= amount
+            load_R[cold] += amount
+        begin = end
 
 
 @njit(cache=True)
@@ -508,15 +523,19 @@ def place(
     """
     layers, experts = load_LE.shape
     horizon = ahead_LHE.shape[1]
-    over_HR = np.empty((horizon, slots_R.size), dtype=np.int64)
+    spill_EH = np.empty((experts, horizon), dtype=np.int64)
+    room_RH = np.empty((slots_R.size, horizon), dtype=np.int64)
     shares = np.empty((layers * (experts + slots_R.sum()), 4), dtype=np.int64)
     n = 0
     for layer in range(layers):
         for h in range(horizon):
-            over_HR[h] = -ahead_LHE[layer, h].sum() // ranks
+            room_RH[:, h] = -(-ahead_LHE[layer, h].sum() // ranks)
             for e in range(experts):
-                over_HR[h, homes_LE[layer, e]] += ahead_LHE[layer, h, e]
-        given = Layer(homes_LE[layer], slots_R, nodes_R, ahead_LHE[layer], bias_LR[layer], over_HR, least_gain)
+                room_RH[homes_LE[layer, e], h] -= ahead_LHE[layer, h, e]
+            for e in range(experts):
+                spill_EH[e, h] = max(0, min(-room_RH[homes_LE[layer, e], h], ahead_LHE[layer, h, e]))
+            room_RH[:, h] = np.maximum(0, room_RH[:, h])
+        given = Layer(homes_LE[layer], slots_R, nodes_R, bias_LR[layer], spill_EH, room_RH, least_gain)
         proof = Proof(proof_LE[layer], proof_LR[layer])
         _place_layer(flow, load_LE[layer], ranks, given, previous_LRS[layer], replicas_LRS[layer], proof)
         most_L[layer] = (flow.load_R - bias_LR[layer]).max()

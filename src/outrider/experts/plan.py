@@ -7,6 +7,7 @@ quotas.py. Source: foresight balancing of ForeMoE's kind (its abstract); search,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     """One micro-step, all layers.
 
     replicas_LRS      expert in each spare slot, -1 for none
-    quotas [n, 5]     layer, expert, source, rank, tokens: sorted by the first four; only positive tokens
+    quotas [n, 5]     layer, expert, source, rank, tokens: sorted by the first four; only positive tokens; int32
     moves [n, 5]      layer, expert, src, dst, slot: weights to fetch from home; sorted by (layer, dst, slot)
     most_L            largest rank load of each layer, the least for these replicas
     proof_LE, proof_LR  the certificate of most_L: experts X (1) live on ranks U (1) alone, and C(X) > (most - 1) * |U|
@@ -96,7 +97,7 @@ def plan(
     ahead_LHE = np.zeros((layers, 0, experts), dtype=np.int64)
     if ahead_HLE is not None:
         ahead_LHE = np.ascontiguousarray(ahead_HLE.transpose(1, 0, 2), dtype=np.int64)
-    _check(load_LE, ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
+    _check(load_LE, int(counts_LRE.min(initial=0)), ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
 
     replicas_LRS, most_L = np.empty_like(previous_LRS), np.empty(layers, dtype=np.int64)
     proof_LE, proof_LR = np.empty((layers, experts), dtype=np.int64), np.empty((layers, ranks), dtype=np.int64)
@@ -117,7 +118,8 @@ def plan(
         proof_LR,
     )
     counts_LRE = np.ascontiguousarray(counts_LRE, dtype=np.int64)
-    rows = quotas.spread(counts_LRE, shares, nodes_R)
+    rows: Any = np.empty((np.count_nonzero(counts_LRE) + 2 * len(shares), 5), dtype=np.int32)
+    rows = rows[: quotas.fill(rows, counts_LRE, shares, nodes_R)]
     bad = quotas.recount(rows, counts_LRE, homes_LE, replicas_LRS, most_L)
     if bad >= 0:
         raise LawBroken(6, f"quota row {bad} of {len(rows)} does not come out: {rows[bad : bad + 1].tolist()}")
@@ -156,7 +158,9 @@ def moved(replicas_LRS: Array, previous_LRS: Array, homes_LE: Array) -> Array:
     return np.stack([layer, expert, homes_LE[layer, expert], dst, slot], axis=1)
 
 
-def _check(load_LE: Array, ranks: int, previous_LRS: Array, fits: tuple[int, ...], ahead_LHE: Array) -> None:
+def _check(
+    load_LE: Array, least: int, ranks: int, previous_LRS: Array, fits: tuple[int, ...], ahead_LHE: Array
+) -> None:
     layers, experts = load_LE.shape
     if previous_LRS.shape != fits or ahead_LHE.shape[2] != experts or ahead_LHE.shape[0] != layers:
         raise CallerError(
@@ -168,5 +172,5 @@ def _check(load_LE: Array, ranks: int, previous_LRS: Array, fits: tuple[int, ...
             f"plan: {ranks} ranks, {experts} experts, {load_LE.max(initial=0)} token-slots of one expert."
             f" The limits are {LARGEST_RANKS_EXPERTS} and {LARGEST_TOKENS}."
         )
-    if load_LE.min(initial=0) < 0:
+    if least < 0:
         raise CallerError("counts: a negative number of token-slots. Count tokens, 0 or more.")
