@@ -65,6 +65,15 @@ def test_it_says_what_it_is_and_cannot_pin(stand_in: Path) -> None:
     assert device.prefetch([(0, 4096)]).errno == errno.ESHUTDOWN
 
 
+def test_a_device_serves_one_server_alone(stand_in: Path) -> None:
+    """Two would write over each other's blocks."""
+    device = open_dax(stand_in, 0)
+    with pytest.raises(CallerError, match="belongs to a memory server that runs"):
+        open_dax(stand_in, 0)
+    device.close()
+    open_dax(stand_in, 0).close()
+
+
 def test_a_store_on_it_serves_what_host_cannot_hold(stand_in: Path) -> None:
     """The same code as above the emulated device: only the tiers string differs."""
     keys = memory.KeySpace(model="m", dtype="", layout="", block_tokens=1).chain(range(40))
@@ -161,6 +170,10 @@ def test_cpuless_nodes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "has_memory").write_text("0-1,3,5-6\n")
     monkeypatch.setattr(numa, "SYSFS_NODES", tmp_path)
     assert numa.without_cpus() == [3, 5, 6]
-    numa.check_node(5)
+    (tmp_path / "node5").mkdir()
+    (tmp_path / "node5" / "meminfo").write_text("Node 5 MemTotal:  4096 kB\nNode 5 MemFree:     2048 kB\n")
+    numa.check_node(5, 2 << 20)
+    with pytest.raises(CallerError, match=r"3 MiB asked for, NUMA node 5 has 2 MiB free\. Ask for less\."):
+        numa.check_node(5, 3 << 20)
     with pytest.raises(CallerError, match="CPU-less nodes here: 3, 5, 6"):
-        numa.check_node(0)
+        numa.check_node(0, 1 << 20)

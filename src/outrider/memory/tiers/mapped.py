@@ -6,6 +6,7 @@ memory-backed file stands in for the character device in the tests, and `kind` s
 """
 
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -28,13 +29,13 @@ SYSFS_DAX = Path("/sys/bus/dax/devices")
 
 
 class Mapped:
-    """Memory that is mapped already. `cache_bytes` is what its owner says of the device's cache."""
+    """Memory that is mapped already. `cache_bytes`: what its owner says of the device's cache; `fd` is closed last."""
 
-    def __init__(self, memory: mmap.mmap, kind: str, cache_bytes: int = 0) -> None:
+    def __init__(self, memory: mmap.mmap, kind: str, cache_bytes: int = 0, fd: int | None = None) -> None:
         self.kind, self.size_bytes, self.cache_bytes = kind, len(memory) // LINE_BYTES * LINE_BYTES, cache_bytes
         self.line_bytes, self.pin_bytes = LINE_BYTES, 0
         self.hit_rate = self.miss_rate = self.write_rate = MEMORY_RATE  # its misses are its own affair
-        self._map, self._bytes = memory, np.frombuffer(memory, np.uint8)
+        self._map, self._bytes, self._fd = memory, np.frombuffer(memory, np.uint8), fd
         self._lock = threading.Lock()
         self._counts = {"read_bytes": 0, "written_bytes": 0, "prefetched": 0, "prefetched_bytes": 0}
         self._closed = False
@@ -94,6 +95,8 @@ class Mapped:
         self._thread.join()
         del self._bytes
         self._map.close()
+        if self._fd is not None:
+            os.close(self._fd)
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -111,27 +114,31 @@ class Mapped:
 
 
 def open_dax(path: Path, cache_bytes: int) -> Mapped:
-    """Map a /dev/daxX.Y, whole; a plain file stands in for one. CallerError, one sentence, where that fails."""
+    """Map a /dev/daxX.Y, whole, for this server alone; a plain file stands in for one. CallerError where that fails."""
+    fd = -1
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            real = stat.S_ISCHR(status.st_mode)
-            size_bytes = int((SYSFS_DAX / path.name / "size").read_text()) if real else status.st_size
-            size_bytes -= size_bytes % (DAX_ALIGN if real else LINE_BYTES)
-            memory = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
-        finally:
-            os.close(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two servers would write over each other's blocks
+        status = os.fstat(fd)
+        real = stat.S_ISCHR(status.st_mode)
+        size_bytes = int((SYSFS_DAX / path.resolve().name / "size").read_text()) if real else status.st_size
+        size_bytes -= size_bytes % (DAX_ALIGN if real else LINE_BYTES)
+        memory = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
     except (OSError, ValueError) as error:
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, BlockingIOError):
+            why = f"{path} belongs to a memory server that runs"
+            raise CallerError(f"tiers.hybrid: {why}. Stop that one, or name another device.") from error
         why = f"{path}: {getattr(error, 'strerror', None) or error}"
         raise CallerError(f"tiers.hybrid: {why}. Name a /dev/daxX.Y that this user may read and write.") from error
     kind = f"devdax {path}" if real else f"a file that stands in for a dax device: {path}"
-    return Mapped(memory, kind, cache_bytes)
+    return Mapped(memory, kind, cache_bytes, fd)
 
 
 def open_node(node: int, size_bytes: int, cache_bytes: int) -> Mapped:
     """`size_bytes` of memory of a CPU-less NUMA node. CallerError, one sentence, where there is none or may be none."""
-    numa.check_node(node)
+    numa.check_node(node, size_bytes)
     memory = mmap.mmap(-1, size_bytes)
     try:
         numa.bind(memory, node)

@@ -3,6 +3,7 @@
 `mbind` is called through the C library's `syscall`, as the bindings that exist are unmaintained.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -11,6 +12,7 @@ import platform
 from pathlib import Path
 
 from outrider.errors import CallerError
+from outrider.memory.tiers.spec import show_bytes
 
 SYSFS_NODES = Path("/sys/devices/system/node")
 MBIND = {"x86_64": 237, "aarch64": 235}  # system call numbers
@@ -36,10 +38,22 @@ def without_cpus() -> list[int]:
     return [node for node in nodes("has_memory") if node not in busy]
 
 
-def check_node(node: int) -> None:
-    """CallerError, one sentence, where `node` is no memory expander."""
+def free_bytes(node: int) -> int:
+    """What is free there: 0 where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        for line in (SYSFS_NODES / f"node{node}" / "meminfo").read_text().splitlines():
+            if " MemFree:" in line:
+                return int(line.split()[-2]) * 1024
+    return 0
+
+
+def check_node(node: int, size_bytes: int) -> None:
+    """CallerError, one sentence, where `node` is no memory expander, or has less free: first touch would kill us."""
     fit = without_cpus()
     if node in fit:
+        if size_bytes > (here := free_bytes(node)):
+            asked, free = show_bytes(size_bytes), show_bytes(here)
+            raise CallerError(f"tiers.hybrid: {asked} asked for, NUMA node {node} has {free} free. Ask for less.")
         return
     known = ", ".join(map(str, fit)) or "none"
     what = "has CPUs, so it is ordinary memory" if node in nodes("has_cpu") else "has no memory, or is not there"
