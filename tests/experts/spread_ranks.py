@@ -167,7 +167,7 @@ def check_broken_laws(rank: int, group: Any, weights_group: Any) -> None:
     except LawBroken as error:
         assert error.law == 7  # noqa: PT017
     dist.barrier()
-    block.use(np.array([[e, (HOMES[e] + 1) % RANKS, 99] for e in range(EXPERTS)]))  # no rank has such copies
+    block.use(np.array([[e, rank, (HOMES[e] + 1) % RANKS, 99] for e in range(EXPERTS)]))  # no rank has such copies
     block.replay(case.routes[1][rank], None)
     try:
         block(case.x[1][rank][None])

@@ -6,13 +6,15 @@ object; all of them are told the same events and so reach the same commands (law
     event      emitted by           when                                             how often
     Foreseen   the training loop    the routing that rollouts recorded is known      once per RL step
     Began      the mover            before the forward pass of a micro-step          every micro-step
-    Ran        the mover            after it (backward included), gathered           every micro-step
+    Gated      the mover            live counts of a layer are known: no foresight   every layer and micro-step
+    Ran        the mover            after it (backward included), gathered           every micro-step foreseen
     Finished   the mover            all backwards are done, before optimizer.step    once per RL step
 
     command          carried out by the mover                                        answers
-    ReturnGradients  gradients of these replicas go home, their slots' are zeroed    Began, Finished
-    Fetch            expert weights go from a holder into a spare slot               Began
+    ReturnGradients  gradients of these replicas go home, their slots' are zeroed    Began, Gated, Finished
+    Fetch            expert weights go from a holder into a spare slot               Began, Gated
     Use              this placement and token split from now on                      Began
+    UseLayer         the same, for one layer                                         Gated
     Tally            what was seen differs from what was planned: add it up          Ran
     Release          every replica is void: the optimizer will change the weights    Finished
 
@@ -43,6 +45,14 @@ class Began(msgspec.Struct, frozen=True, tag=True):
 
     stage: Stage
     batch: int
+
+
+class Gated(msgspec.Struct, frozen=True, tag=True, eq=False):
+    """The live gate of a layer sent counts_RE token-slots of each source to each expert; nobody foresaw them."""
+
+    stage: Stage
+    layer: int
+    counts_RE: Array
 
 
 class Ran(msgspec.Struct, frozen=True, tag=True, eq=False):
@@ -77,6 +87,15 @@ class Use(msgspec.Struct, frozen=True, tag=True, eq=False):
     most_L: Array
 
 
+class UseLayer(msgspec.Struct, frozen=True, tag=True, eq=False):
+    """replicas_RS: expert or -1. quotas as in Use, of this layer alone. most: planned largest load."""
+
+    layer: int
+    replicas_RS: Array
+    quotas: Array
+    most: int
+
+
 class Tally(msgspec.Struct, frozen=True, tag=True):
     """Token-slots that nobody foresaw (computed at home), and token-slots foreseen that never came."""
 
@@ -88,5 +107,5 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     """All replica slots are empty from now on."""
 
 
-Event = Foreseen | Began | Ran | Finished
-Command = ReturnGradients | Fetch | Use | Tally | Release
+Event = Foreseen | Began | Gated | Ran | Finished
+Command = ReturnGradients | Fetch | Use | UseLayer | Tally | Release

@@ -4,8 +4,10 @@
 
 Each token-slot goes to the rank that the plan's quotas name; those beyond the quotas, which nobody foresaw, go to the
 expert's home, so the result is exact for any tokens. Results come back to the place they left from and are summed in
-logical top-k order, never in order of arrival. Every rank takes part in every exchange, also with no tokens at all.
-Written for Hugging Face's fused experts (Qwen3-MoE): `gate_up_proj` [experts, 2 * inner, hidden], `down_proj`.
+logical top-k order, never in order of arrival. Every rank takes part in every exchange, also with no tokens at all, in
+the forward pass, in the backward pass and when activations are computed again.
+Written for Hugging Face's fused experts (Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V3): `gate_up_proj` [experts, 2 * inner,
+hidden], `down_proj`. In bitwise mode (`block_rows` > 0) whole blocks of token-slots travel, see canonical.py.
 """
 
 from collections.abc import Callable
@@ -15,131 +17,38 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from outrider.errors import CallerError, LawBroken
+from outrider.errors import CallerError
+from outrider.experts.bank import Bank, Blocks, Weights
+from outrider.experts.canonical import Combine, Dispatch, ExactLinear, Sums
 from outrider.experts.events import Array
-
-Weights = tuple[Tensor, Tensor]  # gate_up [2 * inner, hidden], down [hidden, inner]
-
-
-class Bank(nn.Module):
-    """The experts of one layer that this rank holds: homes as parameters, copies as plain tensors in spare slots.
-
-    Only homes are parameters, so optimizers, clipping and state dicts never see a copy.
-    """
-
-    def __init__(self, experts: nn.Module, homes_E: Array, rank: int) -> None:
-        super().__init__()
-        mine = np.flatnonzero(homes_E == rank)
-        self.first, self.rank, self.homes_E = int(mine[0]) if len(mine) else 0, rank, homes_E
-        self.act: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
-        index = torch.from_numpy(mine)
-        self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[index].clone())  # type: ignore[operator]
-        self.down_proj = nn.Parameter(experts.down_proj.detach()[index].clone())  # type: ignore[operator]
-        self.numel = self.gate_up_proj.shape[1:].numel() + self.down_proj.shape[1:].numel()  # of one expert
-        self.computed = 0
-        self._slots: list[Weights | None] = []
-        self._resident: dict[int, int] = {}  # expert -> slot
-        self._returned: dict[tuple[int, int], Tensor] = {}  # (expert, rank of the copy) -> flat gradient, wide
-
-    def resize(self, slots: int) -> None:
-        """Empty all slots; from now on there are `slots` of them."""
-        self._slots, self._resident = [None] * slots, {}
-
-    def weights_of(self, expert: int) -> Tensor:
-        """A home expert's weights, flat, to be sent."""
-        at = expert - self.first
-        return torch.cat([self.gate_up_proj.detach()[at].reshape(-1), self.down_proj.detach()[at].reshape(-1)])
-
-    def fill(self, slot: int, expert: int, flat: Tensor) -> None:
-        """A copy has arrived: it takes the slot, with no gradient yet."""
-        up, down = self.gate_up_proj.shape[1:], self.down_proj.shape[1:]
-        gate_up, out = torch.split(flat, [up.numel(), down.numel()])
-        pair = (gate_up.view(up).requires_grad_(), out.view(down).requires_grad_())
-        self._resident = {e: s for e, s in self._resident.items() if s != slot} | {expert: slot}
-        self._slots[slot] = pair
-
-    def take_gradient(self, slot: int) -> Tensor:
-        """The slot's gradient, flat, fp32 at least; the slot's own is zero afterwards."""
-        flat = []
-        for weight in self._pair(slot):
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            flat.append(gradient.detach().reshape(-1))
-            weight.grad = None
-        return _wide(torch.cat(flat))
-
-    def keep_gradient(self, expert: int, rank: int, flat: Tensor) -> None:
-        """A copy's gradient is home; it is added up per rank until `settle`."""
-        before = self._returned.get((expert, rank))
-        self._returned[expert, rank] = flat if before is None else before + flat
-
-    def settle(self) -> None:
-        """Home gradients = home's own, then the copies' by rank id, in fp32 at least; then all slots are empty."""
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for (expert, _), flat in sorted(self._returned.items(), key=lambda item: item[0]):
-            at, begin = expert - self.first, 0
-            for parameter in (self.gate_up_proj, self.down_proj):
-                assert parameter.grad is not None
-                part = flat[begin : begin + parameter[at].numel()].view(parameter[at].shape)
-                parameter.grad[at] = (_wide(parameter.grad[at]) + part).to(parameter.dtype)
-                begin += parameter[at].numel()
-        self._returned.clear()
-        self.resize(len(self._slots))
-
-    def forward(self, rows: Tensor, received_RE: Tensor) -> Tensor:
-        """Apply experts to rows [n, H] that lie by (source, expert); the result lies in the same order."""
-        sizes_E = received_RE.sum(0)
-        self.computed += int(sizes_E.sum())
-        ranks, experts = received_RE.shape
-        expert_of_row = torch.arange(experts).repeat(ranks).repeat_interleave(received_RE.view(-1))
-        by_expert = expert_of_row.argsort(stable=True)
-        up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        results = []
-        for expert, some in enumerate(torch.split(rows[by_expert], sizes_E.tolist())):
-            if len(some) == 0:
-                continue
-            if self.homes_E[expert] == self.rank:
-                gate_up, out = up[expert - self.first], down[expert - self.first]
-            else:
-                gate_up, out = self._pair(self._slot_of(expert))
-            gate, inner = F.linear(some, gate_up).chunk(2, dim=-1)
-            results.append(F.linear(self.act(gate) * inner, out))
-        if not results:
-            return rows  # no rows, but the exchange behind them still has its place in the backward pass
-        return torch.cat(results)[by_expert.argsort()]
-
-    def _slot_of(self, expert: int) -> int:
-        if expert not in self._resident:
-            raise LawBroken(6, f"rank {self.rank} was sent tokens of expert {expert}, which it does not hold")
-        return self._resident[expert]
-
-    def _pair(self, slot: int) -> Weights:
-        pair = self._slots[slot]
-        if pair is None:
-            raise LawBroken(6, f"rank {self.rank} was asked for slot {slot}, which is empty")
-        return pair
 
 
 class SpreadBlock(nn.Module):
-    """A sparse MoE block whose experts are spread over the ranks of `group`; parameters keep their names."""
+    """A sparse MoE block whose experts are spread over the ranks of `group`; parameters keep their names.
 
-    def __init__(self, block: nn.Module, homes_E: Array, group: dist.ProcessGroup) -> None:
+    block_rows  0, or bitwise mode with blocks of so many token-slots
+    """
+
+    def __init__(self, block: nn.Module, homes_E: Array, group: dist.ProcessGroup, block_rows: int = 0) -> None:
         super().__init__()
         assert isinstance(block.gate, nn.Module)
         self.gate, self.group, self.homes = block.gate, group, torch.from_numpy(homes_E)
-        self.experts = Bank(block.experts, homes_E, group.rank())  # type: ignore[arg-type]
+        self.experts = Bank(block.experts, homes_E, group.rank(), block_rows)  # type: ignore[arg-type]
+        self.shared_experts: Any = getattr(block, "shared_experts", None)  # DeepSeek-V3's stay whole on every rank
+        self.router_sums = Sums()
         self.seen_E = torch.zeros(len(homes_E), dtype=torch.int64)
         self.routes: Tensor | None = None
         self.real: Tensor | None = None
+        self.ask: Callable[[Array], None] | None = None  # reactive: told counts_RE once a micro-step, it calls `use`
+        self.asked = False
         self._upto_ER = torch.zeros((len(homes_E), group.size()), dtype=torch.int64)
 
     def use(self, quotas: Array) -> None:
-        """Take this rank's quotas of this layer, rows (expert, rank, tokens)."""
+        """Take the quotas of this layer, rows (expert, source, rank, tokens)."""
         quota_ER = np.zeros(tuple(self._upto_ER.shape), dtype=np.int64)
-        quota_ER[quotas[:, 0], quotas[:, 1]] = quotas[:, 2]
+        mine = quotas if self.experts.block_rows else quotas[quotas[:, 1] == self.group.rank()]
+        np.add.at(quota_ER, (mine[:, 0], mine[:, 2]), mine[:, 3])
         self._upto_ER = torch.from_numpy(quota_ER.cumsum(axis=1))
 
     def replay(self, routes: Tensor | None, real: Tensor | None) -> None:
@@ -151,55 +60,121 @@ class SpreadBlock(nn.Module):
         self.routes, self.real = routes, real
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        real = torch.arange(len(tokens)) if self.real is None else self.real.nonzero().view(-1)
-        chosen, weights = (part[real] for part in self._route(tokens))
-        top_k = chosen.shape[1]
-        order, sent_RE = self._address(chosen.reshape(-1))
-        received_RE = torch.empty_like(sent_RE)
-        dist.all_to_all_single(received_RE, sent_RE, group=self.group)
+        everything = hidden_states.reshape(-1, hidden_states.shape[-1])
+        real = torch.arange(len(everything)) if self.real is None else self.real.nonzero().view(-1)
+        tokens, exact = everything[real], self.experts.block_rows > 0
+        chosen, weights = self._route(tokens, None if self.routes is None else self.routes[real])
+        top_k, count_E = chosen.shape[1], torch.bincount(chosen.reshape(-1), minlength=len(self.homes))
+        if torch._C._current_graph_task_id() == -1:  # not when activations are computed again, inside a backward pass
+            self.seen_E += count_E
+        counts_RE = self._gathered(count_E) if exact or self.ask else None
+        if self.ask and counts_RE is not None and not self.asked:
+            self.asked = True  # one plan a micro-step: computing activations again replays it
+            self.ask(counts_RE.numpy())
+        blocks, leaves_E = None, []
+        if exact and counts_RE is not None:
+            order, sent_RE, received_RE, blocks = self._address_blocks(chosen.reshape(-1), counts_RE)
+            leaves_E = (-(-counts_RE.sum(0) // self.experts.block_rows)).tolist()
+        else:
+            order, sent_RE = self._address(chosen.reshape(-1))
+            received_RE = torch.empty_like(sent_RE)
+            dist.all_to_all_single(received_RE, sent_RE, group=self.group)
         send, receive = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
 
-        rows = tokens[real.repeat_interleave(top_k)[order]]
+        rows: Tensor = Dispatch.apply(tokens, order, top_k)  # type: ignore[no-untyped-call]
         arrived = _exchange(rows, send, receive, self.group)
-        returned = _exchange(self.experts(arrived, received_RE), receive, send, self.group)
+        returned = _exchange(self.experts(arrived, received_RE, blocks, leaves_E), receive, send, self.group)
         by_token = returned[order.argsort()].view(len(real), top_k, tokens.shape[1])
-        total = by_token[:, 0] * weights[:, 0, None]
-        for k in range(1, top_k):
-            total = total + by_token[:, k] * weights[:, k, None]
-        return torch.zeros_like(tokens).index_copy(0, real, total).view_as(hidden_states)
+        total: Tensor = Combine.apply(by_token, weights)  # type: ignore[no-untyped-call]
+        result = torch.zeros_like(everything).index_copy(0, real, total.to(everything.dtype)).view_as(hidden_states)
+        return result if self.shared_experts is None else result + self.shared_experts(hidden_states)
 
-    def _route(self, tokens: Tensor) -> Weights:
+    def _route(self, tokens: Tensor, routes: Tensor | None) -> Weights:
         """Expert ids [T, top_k] and their weights, from the live probabilities (router gradients stay whole)."""
-        logits, weights, chosen = self.gate(tokens)
-        if self.routes is None:
+        if self.experts.block_rows:
+            tokens_R = self._gathered(torch.tensor([len(tokens)]))
+            first = int(tokens_R[: self.group.rank()].sum())
+            learns = self.router_sums if self.gate.weight.requires_grad else None
+            with ExactLinear(self.gate.weight.shape, learns, first, int(tokens_R.sum())):  # type: ignore[arg-type]
+                logits, weights, chosen = self.gate(tokens)
+        else:
+            logits, weights, chosen = self.gate(tokens)
+        if routes is None:
             return chosen, weights
-        recorded = (self.routes >= 0).all(dim=1, keepdim=True)
-        chosen = torch.where(recorded, self.routes.to(chosen.dtype), chosen)
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, chosen)
-        if self.gate.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return chosen, weights.to(logits.dtype)
+        recorded = (routes >= 0).all(dim=1, keepdim=True)
+        chosen = torch.where(recorded, routes.to(chosen.dtype), chosen)
+        return chosen, weights_of(self.gate, logits, chosen).to(weights.dtype)
+
+    def _gathered(self, mine: Tensor) -> Tensor:
+        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        dist.all_gather(everyone, mine, group=self.group)
+        return torch.stack(everyone)
+
+    def _rank_of(self, expert: Tensor, place: Tensor) -> Tensor:
+        """Who computes the token-slot that is number `place` of its expert; beyond the quotas: home."""
+        rank = (self._upto_ER[expert] <= place[:, None]).sum(1)
+        return torch.where(rank == self._upto_ER.shape[1], self.homes[expert], rank)
 
     def _address(self, expert: Tensor) -> tuple[Tensor, Tensor]:
         """Order in which the token-slots leave, by (rank, expert, place in the batch), and how many: sent_RE."""
+        by_expert, sorted_expert, place = _placed(expert, len(self.homes))
+        return self._leaving(by_expert, sorted_expert, self._rank_of(sorted_expert, place))
+
+    def _leaving(self, by_expert: Tensor, sorted_expert: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
         experts, ranks = self._upto_ER.shape
-        by_expert = expert.argsort(stable=True)
-        sorted_expert = expert[by_expert]
-        count_E = torch.bincount(expert, minlength=experts)
-        place = torch.arange(len(expert)) - (count_E.cumsum(0) - count_E)[sorted_expert]
-        rank = (self._upto_ER[sorted_expert] <= place[:, None]).sum(1)
-        rank = torch.where(rank == ranks, self.homes[sorted_expert], rank)  # beyond the quotas: home
-        self.seen_E += count_E
-        by_rank = rank.argsort(stable=True)
         sent_RE = torch.bincount(rank * experts + sorted_expert, minlength=ranks * experts).view(ranks, experts)
-        return by_expert[by_rank], sent_RE
+        return by_expert[rank.argsort(stable=True)], sent_RE
+
+    def _address_blocks(self, expert: Tensor, counts_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+        """As `_address`, by whole blocks: a block goes where its first token-slot would; also who sends how many here.
+
+        Counts of all ranks are known, so each rank finds every token-slot's place in canonical order for itself.
+        """
+        ranks, experts = counts_RE.shape
+        size, me = self.experts.block_rows, self.group.rank()
+        by_expert, sorted_expert, place = _placed(expert, experts)
+        place += (counts_RE.cumsum(0) - counts_RE)[me][sorted_expert]
+        order, sent_RE = self._leaving(by_expert, sorted_expert, self._rank_of(sorted_expert, place // size * size))
+
+        total_E = counts_RE.sum(0)
+        expert_of = torch.arange(experts).repeat_interleave(total_E)
+        source_of = torch.arange(ranks).repeat(experts).repeat_interleave(counts_RE.T.reshape(-1))
+        place_of = torch.arange(len(expert_of)) - (total_E.cumsum(0) - total_E)[expert_of]
+        here = self._rank_of(expert_of, place_of // size * size) == me
+        received = torch.bincount(source_of[here] * experts + expert_of[here], minlength=ranks * experts)
+        blocks: dict[int, list[tuple[int, int]]] = {}
+        pairs, rows = torch.unique(torch.stack([expert_of, place_of // size])[:, here], dim=1, return_counts=True)
+        for e, number, n in zip(*pairs.tolist(), rows.tolist(), strict=True):
+            blocks.setdefault(e, []).append((number, n))
+        return order, sent_RE, received.view(ranks, experts), blocks
 
 
-def spread(model: nn.Module, homes_E: Array, group: dist.ProcessGroup) -> list[SpreadBlock]:
+def _placed(expert: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token-slots by expert (stable), their experts, and the number of each among its expert's."""
+    by_expert = expert.argsort(stable=True)
+    sorted_expert = expert[by_expert]
+    count_E = torch.bincount(expert, minlength=experts)
+    return by_expert, sorted_expert, torch.arange(len(expert)) - (count_E.cumsum(0) - count_E)[sorted_expert]
+
+
+def weights_of(gate: nn.Module, logits: Tensor, chosen: Tensor) -> Tensor:
+    """What the gate gives to experts that it may not have chosen, as its own class does for those that it chooses."""
+    sigmoid = hasattr(gate, "e_score_correction_bias")  # DeepSeek-V3; its bias steers the choice, not the weights
+    scores = logits.sigmoid() if sigmoid else torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights = scores.gather(1, chosen)
+    if getattr(gate, "norm_topk_prob", True):  # Mixtral's has no such setting and always does
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if sigmoid else 0.0))
+    return weights * getattr(gate, "routed_scaling_factor", 1.0)
+
+
+PARTS = ("gate", "experts", "shared_experts")  # what a block may consist of
+
+
+def spread(model: nn.Module, homes_E: Array, group: dist.ProcessGroup, block_rows: int = 0) -> list[SpreadBlock]:
     """Replace every sparse MoE block of a model by one that keeps only this rank's experts; the blocks, by layer.
 
-    Other parameters stay whole on every rank. Raises CallerError for a model without fused MoE experts.
+    Other parameters stay whole on every rank. Raises CallerError for a model without fused MoE experts, and for blocks
+    that have parts which would be lost.
     """
     found = [
         (parent, name, child)
@@ -211,14 +186,15 @@ def spread(model: nn.Module, homes_E: Array, group: dist.ProcessGroup) -> list[S
         raise CallerError(f"{type(model).__name__}: no MoE block with fused experts. Give a Qwen3-MoE-shaped model.")
     blocks = []
     for parent, name, child in found:
-        blocks.append(SpreadBlock(child, homes_E, group))
+        strange = [part for part, _ in child.named_children() if part not in PARTS]
+        experts: Any = child.experts
+        strange += [part for part, _ in experts.named_parameters() if part not in ("gate_up_proj", "down_proj")]
+        if strange or getattr(child, "jitter_noise", None):
+            what = ", ".join(strange) or "router_jitter_noise"
+            raise CallerError(f"{type(child).__name__}: {what} cannot be spread. Give a block of {', '.join(PARTS)}.")
+        blocks.append(SpreadBlock(child, homes_E, group, block_rows))
         setattr(parent, name, blocks[-1])
     return blocks
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """fp32, or what is wider already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _AllToAll(torch.autograd.Function):

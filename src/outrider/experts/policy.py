@@ -22,14 +22,16 @@ from outrider.experts.events import (
     Fetch,
     Finished,
     Foreseen,
+    Gated,
     Ran,
     Release,
     ReturnGradients,
     Stage,
     Tally,
     Use,
+    UseLayer,
 )
-from outrider.experts.plan import Plan, contiguous_homes, plan
+from outrider.experts.plan import contiguous_homes, plan
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 
@@ -82,11 +84,13 @@ class Policy:
                 self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
                 self.replicas_LRS = step.replicas_LRS
                 if stage == "update":
-                    self.dirty_LRS |= self._used(step)
+                    self.dirty_LRS |= used(step.replicas_LRS, step.quotas, self.settings.experts)
                 if len(step.moves):
                     commands.append(Fetch(step.moves))
                 commands.append(Use(step.replicas_LRS, step.quotas, step.most_L))
                 return commands
+            case Gated(stage, layer, counts_RE):
+                return self._react(stage, layer, counts_RE)
             case Ran(batch, seen_LRE, _):
                 over_LRE = seen_LRE - self._counts(batch)
                 unforeseen, absent = int(over_LRE.clip(min=0).sum()), int((-over_LRE).clip(min=0).sum())
@@ -99,6 +103,29 @@ class Policy:
                 return [*ending, Release()]
             case _:
                 assert_never(event)
+
+    def _react(self, stage: Stage, layer: int, counts_RE: Array) -> list[Command]:
+        """Plan one layer of this micro-step from what its gate has just decided."""
+        want = (self.settings.ranks, self.settings.experts)
+        if counts_RE.shape != want or not 0 <= layer < self.settings.layers:
+            raise CallerError(
+                f"layer {layer}, counts {counts_RE.shape}: give layers from 0 and counts of shape {want}."
+            )
+        before_LRS = self.replicas_LRS[layer : layer + 1]
+        step = plan(counts_RE[None], self.settings.slots, self.homes_E, before_LRS)
+        commands: list[Command] = []
+        refilled_LRS = np.zeros_like(self.dirty_LRS)
+        refilled_LRS[layer] = before_LRS[0] != step.replicas_LRS[0]
+        self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
+        self.replicas_LRS = self.replicas_LRS.copy()  # the old one may be part of a command
+        self.replicas_LRS[layer] = step.replicas_LRS[0]
+        if stage == "update":
+            self.dirty_LRS[layer] |= used(step.replicas_LRS, step.quotas, self.settings.experts)[0]
+        moves, quotas = step.moves.copy(), step.quotas.copy()
+        moves[:, 0] = quotas[:, 0] = layer
+        if len(moves):
+            commands.append(Fetch(moves))
+        return [*commands, UseLayer(layer, step.replicas_LRS[0], quotas, int(step.most_L[0]))]
 
     def _checked(self, counts_MLRE: Array) -> Array:
         want = (self.settings.layers, self.settings.ranks, self.settings.experts)
@@ -129,11 +156,13 @@ class Policy:
             commands.append(ReturnGradients(np.stack([layer, expert, rank, slot, self.homes_E[expert]], axis=1)))
             self.dirty_LRS[layer, rank, slot] = False
 
-    def _used(self, step: Plan) -> Mask:
-        """Slots whose copy computes tokens in this plan, and so gathers a gradient."""
-        used_LER = np.zeros((self.settings.layers, self.settings.experts, self.settings.ranks), dtype=np.bool_)
-        used_LER[step.quotas[:, 0], step.quotas[:, 1], step.quotas[:, 3]] = True
-        layer, rank, slot = np.nonzero(step.replicas_LRS >= 0)
-        used_LRS = np.zeros(step.replicas_LRS.shape, dtype=np.bool_)
-        used_LRS[layer, rank, slot] = used_LER[layer, step.replicas_LRS[layer, rank, slot], rank]
-        return used_LRS
+
+def used(replicas_LRS: Array, quotas: Array, experts: int) -> Mask:
+    """Slots whose copy computes tokens under these quotas, and so gathers a gradient."""
+    layers, ranks, _ = replicas_LRS.shape
+    used_LER = np.zeros((layers, experts, ranks), dtype=np.bool_)
+    used_LER[quotas[:, 0], quotas[:, 1], quotas[:, 3]] = True
+    layer, rank, slot = np.nonzero(replicas_LRS >= 0)
+    used_LRS = np.zeros(replicas_LRS.shape, dtype=np.bool_)
+    used_LRS[layer, rank, slot] = used_LER[layer, replicas_LRS[layer, rank, slot], rank]
+    return used_LRS
