@@ -144,3 +144,115 @@ def test_near_the_best_placement_there_is() -> None:
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(CallerError):
         plan(**arguments)
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> dict[str, Any]:
+    """Every option at once: nodes, excluded ranks, uneven slots, homes by layer, look-ahead, bias, a least gain."""
+    nodes, each, experts, layers = (draw(st.integers(1, most)) for most in (3, 3, 12, 2))
+    ranks = nodes * each
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    excluded = sorted(draw(st.sets(st.integers(0, ranks - 1), max_size=ranks - 1)))
+    open_ranks = np.setdiff1d(np.arange(ranks), excluded)
+    heat = rng.pareto(1.0, (2, layers, 1, experts)).clip(max=300) * draw(st.sampled_from([1, 5, 40]))
+    before, now = rng.poisson(heat, (2, layers, ranks, experts)).astype(np.int64)
+    options: dict[str, Any] = {
+        "slots": rng.integers(0, 4, ranks).tolist(),
+        "homes": rng.choice(open_ranks, (layers, experts)),
+        "excluded": excluded,
+        "ranks_per_node": each,
+    }
+    previous = plan(before, **options).replicas_LRS if draw(st.booleans()) else None
+    return options | {
+        "counts_LRE": now,
+        "previous_LRS": previous,
+        "ahead_HLE": rng.poisson(30, (draw(st.integers(0, 3)), layers, experts)).astype(np.int64),
+        "bias_LR": rng.integers(-20, 20, (layers, ranks)) if draw(st.booleans()) else None,
+        "least_gain": draw(st.sampled_from([1, 1, 7, 2**31 - 1])),
+    }
+
+
+@given(asked())
+@settings(max_examples=250, deadline=None)
+def test_laws_under_every_option(problem: dict[str, Any]) -> None:
+    step = plan(**problem)
+    counts, homes, excluded = problem["counts_LRE"], problem["homes"], problem["excluded"]
+    layers, ranks, experts = counts.shape
+    bias = np.zeros((layers, ranks), int) if problem["bias_LR"] is None else problem["bias_LR"].copy()
+    bias[:, excluded] = 0
+    before = problem["previous_LRS"]
+    before = np.full_like(step.replicas_LRS, -1) if before is None else before
+    assert (step.replicas_LRS[:, excluded] == -1).all(), "a copy on an excluded rank"
+    assert not np.isin(step.quotas[:, 3], excluded).any(), "tokens for an excluded rank"
+    sent = np.zeros((layers, ranks, experts), dtype=np.int64)
+    np.add.at(sent, (step.quotas[:, 0], step.quotas[:, 2], step.quotas[:, 1]), step.quotas[:, 4])
+    assert (sent == counts).all(), "quotas do not add up to the counts, excluded sources included"
+    for layer, rank in product(range(layers), range(ranks)):
+        held = [e for e in step.replicas_LRS[layer, rank].tolist() if e >= 0]
+        assert len(held) == len(set(held)) <= problem["slots"][rank]
+        assert all(homes[layer, e] != rank for e in held)
+    load = step.rank_load()
+    assert (load.max(axis=1) == step.most_L).all()
+    for layer in range(layers):
+        most = int((load[layer] + bias[layer])[np.setdiff1d(np.arange(ranks), excluded)].max())
+        inside, union = step.proof_LE[layer].astype(bool), step.proof_LR[layer].astype(bool)
+        carried = counts[layer].sum(axis=0)[inside].sum() + bias[layer][union].sum()
+        size = union.sum() - (len(excluded) if union.all() else 0)  # the whole group: of the ranks that may compute
+        assert most <= 0 or -(-carried // size) >= most or carried == 0, "the certificate proves nothing"
+        for e in np.flatnonzero(inside & (counts[layer].sum(axis=0) > 0)):
+            on = {int(homes[layer, e]), *np.nonzero((step.replicas_LRS[layer] == e).any(axis=1))[0].tolist()}
+            assert union[sorted(on)].all(), "an expert of the certificate lives outside its ranks"
+    if problem["least_gain"] > 1_000_000:
+        assert not len(step.moves) and (step.replicas_LRS == before).all(), "a copy that gains too little was made"
+
+
+@given(asked())
+@settings(max_examples=40, deadline=None)
+def test_memory_layout_and_integer_type_do_not_matter(problem: dict[str, Any]) -> None:
+    first = plan(**problem)
+    for name in ("counts_LRE", "homes", "ahead_HLE", "bias_LR", "previous_LRS"):
+        array = problem[name]
+        if array is not None:
+            problem[name] = np.asfortranarray(array.astype(np.int32))[..., ::-1][..., ::-1]
+    again = plan(**problem)
+    for name in first.__struct_fields__:
+        assert (getattr(first, name) == getattr(again, name)).all(), name
+
+
+def counted(load: list[int], ranks: int) -> Any:
+    """All tokens come from rank 0."""
+    counts = np.zeros((1, ranks, len(load)), dtype=np.int64)
+    counts[0, 0] = load
+    return counts
+
+
+def test_of_two_equal_copies_the_one_that_is_needed_again_is_made() -> None:
+    counts = counted([10, 10, 0, 0], 2)
+    for hot in (0, 1):
+        ahead = np.zeros((1, 1, 4), dtype=np.int64)
+        ahead[0, 0, [hot, 2]] = 10, 1
+        assert plan(counts, 1, ahead_HLE=ahead).replicas_LRS[0, 1, 0] == hot
+    assert plan(counts, 1).replicas_LRS[0, 1, 0] == 0, "without a future, the lower expert"
+
+
+def test_copies_stay_inside_the_node_while_that_helps() -> None:
+    near = plan(counted([8, 8, 0, 0, 8, 0, 8, 0], 4), 1, ranks_per_node=2)
+    assert near.most_L[0] == 8
+    assert near.moves[:, 3].tolist() == [1], "rank 1 takes what rank 0 has too much"
+    far = plan(counted([12, 12, 4, 4, 0, 0, 0, 0], 4), 2, ranks_per_node=2)
+    assert far.most_L[0] == 8, "the node alone would stay at 16"
+    assert set(far.moves[:, 3].tolist()) & {2, 3}
+
+
+def test_a_slow_rank_gets_fewer_tokens_by_its_bias() -> None:
+    even = counted([30, 0, 0, 0], 2)
+    for bias in (0, 4, 10):
+        load = plan(even, 1, bias_LR=np.array([[bias, 0]])).rank_load()[0]
+        assert load[0] + bias == load[1]
+
+
+def test_a_negative_count_is_the_caller_s_fault() -> None:
+    counts = counted([5, 5], 2)
+    counts[0, 1, 0] = -1
+    with pytest.raises(CallerError, match="negative"):
+        plan(counts, 1)

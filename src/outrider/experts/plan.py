@@ -93,10 +93,15 @@ def plan(
     nodes_R = np.arange(ranks, dtype=np.int64) // (ranks_per_node or ranks)
     if previous_LRS is None:
         previous_LRS = np.full((layers, ranks, width), -1, dtype=np.int64)
+    previous_LRS = np.ascontiguousarray(previous_LRS, dtype=np.int64)  # one type, one layout: compiled once
     load_LE = counts_LRE.sum(axis=1, dtype=np.int64)
     ahead_LHE = np.zeros((layers, 0, experts), dtype=np.int64)
     if ahead_HLE is not None:
         ahead_LHE = np.ascontiguousarray(ahead_HLE.transpose(1, 0, 2), dtype=np.int64)
+    bias_given_LR = np.zeros((layers, ranks), dtype=np.int64)
+    if bias_LR is not None:
+        bias_given_LR[:] = bias_LR
+        bias_given_LR[:, list(excluded)] = 0  # they carry nothing, so that they are neither slow nor fast
     _check(load_LE, int(counts_LRE.min(initial=0)), ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
 
     replicas_LRS, most_L = np.empty_like(previous_LRS), np.empty(layers, dtype=np.int64)
@@ -108,9 +113,9 @@ def plan(
         homes_LE,
         slots_R,
         nodes_R,
-        np.ascontiguousarray(previous_LRS),
+        previous_LRS,
         ahead_LHE,
-        np.zeros((layers, ranks), dtype=np.int64) if bias_LR is None else np.ascontiguousarray(bias_LR),
+        bias_given_LR,
         max(1, least_gain),
         replicas_LRS,
         most_L,
