@@ -12,6 +12,7 @@ class Lease:
     """One client's hold on a chain of blocks, from its request until its release.
 
     waiting  blocks on their way to host, or still without room there
+    unsent   those without: no copy of them was asked for yet, or it failed and there is another
     pinned   blocks in host that this lease holds
     lay      where each block lay when it was asked for: host, hybrid, disk
     """
@@ -22,8 +23,8 @@ class Lease:
     by_s: float
     pinned: dict[str, None] = field(default_factory=dict)
     waiting: dict[str, None] = field(default_factory=dict)
+    unsent: dict[str, None] = field(default_factory=dict)
     lay: dict[str, str] = field(default_factory=dict)
-    granted: bool = False
 
     @property
     def name(self) -> tuple[int, int]:
@@ -31,7 +32,6 @@ class Lease:
 
     def grant(self, residency: Residency) -> Grant:
         """The answer: every pinned block's span in the host arena, None for the others."""
-        self.granted = True
         spans: list[Span | None] = []
         lay: dict[str, int] = {}
         for item in self.items:
@@ -58,19 +58,30 @@ class Demands:
 
     def __init__(self) -> None:
         self.leases: dict[tuple[int, int], Lease] = {}
+        self._hungry: dict[tuple[int, int], Lease] = {}
         self._drafts: dict[int, dict[str, None]] = {}
         self._debts: list[Debt] = []
 
     def hungry(self) -> list[Lease]:
         """Leases not yet granted, oldest first."""
-        return [lease for lease in self.leases.values() if not lease.granted]
+        return list(self._hungry.values())
+
+    def asked(self, lease: Lease) -> None:
+        self.leases[lease.name] = self._hungry[lease.name] = lease
+
+    def answered(self, lease: Lease) -> None:
+        del self._hungry[lease.name]
+
+    def released(self, name: tuple[int, int]) -> Lease | None:
+        self._hungry.pop(name, None)
+        return self.leases.pop(name, None)
 
     def due(self, now: float) -> list[Lease]:
         return [lease for lease in self.hungry() if lease.by_s <= now]
 
     def stuck(self) -> bool:
         """True where no client can give room back of its own accord: none holds a grant, none writes."""
-        return not self._drafts and not any(lease.granted for lease in self.leases.values())
+        return not self._drafts and len(self._hungry) == len(self.leases)
 
     def drafted(self, client: int, item: str) -> None:
         self._drafts.setdefault(client, {})[item] = None

@@ -15,11 +15,12 @@ class Flights:
         self._residency = residency
         self._flying: dict[int, tuple[Block, Move]] = {}
         self._busy_until_s: dict[tuple[str, str], float] = {}
+        self._bound_for: dict[str, int] = {}
         self._numbers = 0
 
     def bound_for(self, place: str) -> int:
         """Copies in flight to `place`."""
-        return sum(move.dst == place for _, move in self._flying.values())
+        return self._bound_for.get(place, 0)
 
     def any(self) -> bool:
         return bool(self._flying)
@@ -40,6 +41,7 @@ class Flights:
         self._busy_until_s[src, dst] = move.end_s
         self._numbers += 1
         self._flying[self._numbers] = (block, move)
+        self._bound_for[dst] = self.bound_for(dst) + 1
         src_at = block.at["hybrid" if src == "cache" else src]  # the cache has no addresses of its own
         return Copy(self._numbers, block.item, block.size_bytes, src_at, start, block.checksum, block.generation)
 
@@ -47,4 +49,6 @@ class Flights:
         """A copy ended, well or not. LawBroken for one that is not in flight: nothing lands twice (law 4)."""
         if number not in self._flying:
             raise LawBroken(4, f"copy {number} ended, but is not in flight")
-        return self._flying.pop(number)
+        block, move = self._flying.pop(number)
+        self._bound_for[move.dst] -= 1
+        return block, move

@@ -5,6 +5,7 @@ we only know when it was last touched, and expect it back in about as long again
 One unit for all, so that a told return in a minute can be weighed against an untold block touched a second ago.
 """
 
+import math
 from collections.abc import Iterable
 
 from outrider.wants import Want
@@ -20,6 +21,11 @@ def wait_s(by_s: float, now: float) -> float:
     """Expected seconds until a told return: the rest of its time, or 4 times its delay once it is overdue."""
     rest_s = by_s - now
     return max(rest_s, FLOOR_S) if rest_s >= 0 else FLOOR_S - OVERDUE_FACTOR * rest_s
+
+
+def falls_s(by_s: float, wait_until_s: float, now: float) -> float:
+    """When a return will be so overdue that it is expected in `wait_until_s`: `wait_s` inverted, later than `now`."""
+    return max(by_s + max(wait_until_s - FLOOR_S, 0.0) / OVERDUE_FACTOR, math.nextafter(now, math.inf))
 
 
 def told_worth(wants: Iterable[tuple[Want, int]], now: float) -> float:

@@ -9,10 +9,15 @@ end of a session ends them all, while blocks that other sessions share (a system
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+from sortedcontainers import SortedList
 
 from outrider.wants import Want
 
 KEY_DIGITS = 32
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -34,6 +39,9 @@ class Paths:
         self._holders: dict[str, int] = {}  # block -> paths that hold it
         self.wants: dict[str, Want] = {}
         self.told: dict[str, dict[str, int]] = {}  # block -> wanted items that name it, with its position there
+        self.deadlines = SortedList()  # (by_s, item) of every want
+        self.changed: dict[str, None] = {}  # blocks whose wants changed
+        self._returns: dict[str, dict[str, None]] = {}  # last block -> wanted items whose path ends there
 
     def items(self, name: str) -> tuple[str, ...]:
         """Blocks of a path, or the block itself where `name` is a key; empty for a path not remembered."""
@@ -78,19 +86,26 @@ class Paths:
         """Put a want in place of the older one of the same item."""
         self.drop_want(want.item)
         self.wants[want.item] = want
-        for position, item in enumerate(self.items(want.item)):
+        self.deadlines.add((want.by_s, want.item))
+        items = self.items(want.item)
+        for position, item in enumerate(items):
             self.told.setdefault(item, {})[want.item] = position
+            self.changed[item] = None
+        if items:
+            self._returns.setdefault(items[-1], {})[want.item] = None
         if len(self.wants) > self._wants_max:
             self.drop_want(next(iter(self.wants)))
 
     def drop_want(self, name: str) -> Want | None:
         want = self.wants.pop(name, None)
         if want is not None:
-            for item in self.items(name):
-                namers = self.told.get(item, {})
-                namers.pop(name, None)
-                if not namers:
-                    self.told.pop(item, None)
+            self.deadlines.remove((want.by_s, name))
+            items = self.items(name)
+            for item in items:
+                _unname(self.told, item, name)
+                self.changed[item] = None
+            if items:
+                _unname(self._returns, items[-1], name)
         return want
 
     def wants_of(self, item: str) -> Iterator[tuple[Want, int]]:
@@ -100,11 +115,7 @@ class Paths:
 
     def returned(self, items: tuple[str, ...]) -> list[Want]:
         """Wants whose whole path lies within the chain `items`: their context came back."""
-        if not items:
-            return []
-        here = dict.fromkeys(items)
-        names = {name: None for item in items for name in self.told.get(item, ()) if self.items(name)[-1] in here}
-        return [self.wants[name] for name in names]
+        return [self.wants[name] for item in dict.fromkeys(items) for name in self._returns.get(item, ())]
 
     def _let_go(self, name: str) -> None:
         path = self._paths[name]
@@ -115,12 +126,17 @@ class Paths:
                 if not self._holders[item]:
                     del self._holders[item]
         if path.items:
-            namers = self._tips.get(path.items[-1], {})
-            namers.pop(name, None)
-            if not namers:
-                self._tips.pop(path.items[-1], None)
+            _unname(self._tips, path.items[-1], name)
 
     def _forget(self, name: str) -> None:
         if name in self._paths:
             self._let_go(name)
             del self._paths[name]
+
+
+def _unname(names: dict[str, dict[str, T]], item: str, name: str) -> None:
+    """Take `name` from those of `item`, and `item` away with the last of them."""
+    namers = names.get(item, {})
+    namers.pop(name, None)
+    if not namers:
+        names.pop(item, None)

@@ -76,6 +76,7 @@ class Policy:
         self._expire()
         self._move()
         self._out.extend(self.demands.settled())
+        self.traffic.file()
         self._set_timer()
         return self._out
 
@@ -101,18 +102,21 @@ class Policy:
         if lease.name in self.demands.leases:
             self._out.append(ev.Refuse(event.client, event.request, f"request {event.request} is open. Count upwards."))
             return
-        self.demands.leases[lease.name] = lease
+        self.demands.asked(lease)
         self.room.touch(run)
         for item in dict.fromkeys(run):
             block = self.residency.blocks[item]
             block.lifted = False
             lease.lay[item] = self.residency.lies(block, TIERS) or "host"
             if block.state["host"] is At.HERE:
-                block.holds["host"] += 1
+                self.residency.hold(block, "host", 1)
                 lease.pinned[item] = None
             else:
                 lease.waiting[item] = None
                 block.joins[lease.name] = None
+                self.residency.mark(block)
+                if block.state["host"] is At.ABSENT:
+                    lease.unsent[item] = None
                 if block.state["host"] is At.UNWANTED:
                     self.residency.turn(block, "host", "want", self._now)
         for want in self.paths.returned(event.items):
@@ -124,6 +128,7 @@ class Policy:
     def _grant(self, lease: Lease) -> None:
         """Answer with what is there; what it still waits for goes on for others, or is unwanted."""
         self._stop_waiting(lease)
+        self.demands.answered(lease)
         answer = lease.grant(self.residency)
         given = [span.size_bytes for span in answer.spans if span is not None]
         self.tally.granted(len(given), len(answer.spans) - len(given), answer.lay)
@@ -132,18 +137,21 @@ class Policy:
 
     def _stop_waiting(self, lease: Lease) -> None:
         for item in lease.waiting:
-            self.residency.blocks[item].joins.pop(lease.name, None)
+            block = self.residency.blocks[item]
+            block.joins.pop(lease.name, None)
+            self.residency.mark(block)
             self.told.cancel(item, self._now)
         lease.waiting.clear()
+        lease.unsent.clear()
 
     def _release(self, client: int, request: int) -> None:
-        lease = self.demands.leases.pop((client, request), None)
+        lease = self.demands.released((client, request))
         if lease is None:
             why = f"lease {request} is not open: it was released before, or never asked for"
             self._out.append(ev.Refuse(client, 0, why))
             return
         for item in lease.pinned:
-            self.residency.blocks[item].holds["host"] -= 1
+            self.residency.hold(self.residency.blocks[item], "host", -1)
         self._stop_waiting(lease)
 
     def _prepare(self, event: ev.Prepared) -> None:
@@ -203,9 +211,10 @@ class Policy:
                 debt.done[item] = None
             else:
                 block.must = True
+                self.residency.mark(block)
                 debt.open[item] = None
                 if block.state["disk"] is At.ABSENT:
-                    self.traffic.dirty["disk"][item] = None
+                    self.traffic.dirty["disk"].add(item, urgent=True)
 
     def _above_disk(self) -> list[str]:
         blocks = self.residency.blocks.values()

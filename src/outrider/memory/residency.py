@@ -108,8 +108,19 @@ class Residency:
         self.ledger = Ledger(topology)
         self.extents = {place.name: Extents(place.capacity_bytes) for place in topology.places}
         self.blocks: dict[str, Block] = {}
+        self.here = dict.fromkeys(self.places, 0)  # blocks that lie there
+        self.changed: dict[str, None] = {}  # blocks for whose sake something is to be filed anew
         self.room_bytes = settings.room_bytes
         self._grain_bytes = settings.grain_bytes
+
+    def mark(self, block: Block) -> None:
+        """Whoever changes what a block is worth, or whether it may leave or be lifted, says so here."""
+        self.changed[block.item] = None
+
+    def hold(self, block: Block, place: str, readers: int) -> None:
+        """So many readers more, or less, at `place`."""
+        block.holds[place] += readers
+        self.mark(block)
 
     def state(self, item: str, place: str) -> At:
         block = self.blocks.get(item)
@@ -151,13 +162,13 @@ class Residency:
         move = self.ledger.book(block.item, src, dst, self.room_bytes(dst, block.size_bytes), now, by_s)
         if move is not None:
             block.at[dst] = start
-            block.holds[src] += 1
+            self.hold(block, src, 1)
             self.turn(block, dst, "start", now)
         return move
 
     def end(self, block: Block, move: Move, signal: str, now: float) -> bool:
         """A copy ended with `land` or `fail`; is the block now at `move.dst`?"""
-        block.holds[move.src] -= 1
+        self.hold(block, move.src, -1)
         self.turn(block, move.dst, signal, now)
         if block.state[move.dst] is At.HERE:
             return True
@@ -196,6 +207,8 @@ class Residency:
         if to is None:
             raise LawBroken(4, f"{block.item} is {was} at {place} and cannot {signal}", block.tale())
         block.state[place] = to
+        self.here[place] += (to is At.HERE) - (was is At.HERE)
+        self.mark(block)
 
     def check(self) -> None:
         """Laws 2 and 4 over everything; costs a pass over all blocks, so tests call it after every event."""

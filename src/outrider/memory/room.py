@@ -1,29 +1,30 @@
-"""Making room: which blocks leave a tier so that another fits, and what each is worth. Pure; owned by `policy.py`."""
+"""Who leaves a tier so that another fits, and what each block is worth. Pure; owned by `traffic.py`.
 
-from collections.abc import Iterator
-from itertools import chain
+Whatever changes a block marks it (`Residency.mark`); `file` then puts it where it belongs in the order of each place.
+So an event costs what it names and a logarithm of how many blocks there are, never a pass over them.
+"""
 
-from outrider.memory import foresee, plan
+from outrider.memory import foresee
+from outrider.memory.order import Order, level_of
 from outrider.memory.paths import Paths
 from outrider.memory.residency import Block, Residency
 from outrider.memory.settings import SOURCES, Settings
 
 
 class Room:
-    """Finds extents, evicting as it must. `evicted` lists what left since `begin`, for the policy to account for."""
+    """The order of eviction in every place."""
 
     def __init__(self, settings: Settings, residency: Residency, paths: Paths) -> None:
         self._settings = settings
         self._residency = residency
         self._paths = paths
-        self._order: dict[str, Iterator[tuple[float, Block]]] = {}
+        self._orders = {place: Order() for place in residency.places}
         self._touches = 0
         self._now = 0.0
-        self.evicted: list[tuple[Block, str]] = []
 
     def begin(self, now: float) -> None:
-        """A new event: orders of eviction are worked out afresh, where one is needed at all."""
-        self._order, self._now = {}, now
+        """A new event."""
+        self._now = now
 
     def touch(self, items: tuple[str, ...]) -> None:
         """These were used now, as one chain: the deepest counts as touched first, so that leaves leave first."""
@@ -32,31 +33,31 @@ class Room:
             if block is not None:
                 self._touches += 1
                 block.touched, block.touched_s, block.ended = self._touches, self._now, False
+                self._residency.mark(block)
 
-    def find(self, place: str, size_bytes: int, below: float | None = None) -> int | None:
-        """An extent for `size_bytes` in `place`, evicting blocks worth less than `below` (None: any) to get it.
+    def file(self, item: str) -> None:
+        """Something about this block changed."""
+        block = self._residency.blocks.get(item)
+        for place, order in self._orders.items():
+            if block is None or not self._residency.evictable(block, place):
+                order.drop(item)
+            elif item in self._paths.told:
+                self._file_under(block, order, self._likely(block, order))
+            else:
+                order.put_untold(item, block.touched, self._price(block, place))
 
-        None where what is leased, drafted or moving, or worth more, leaves too little room.
+    def victim(self, place: str) -> tuple[float, Block] | None:
+        """The block that leaves `place` next, with its worth; None where none may. All marks must have been filed.
+
+        Least worth first, among equals the one touched first; told blocks within one level of worth count as equal.
         """
-        room_bytes = self._residency.room_bytes(place, size_bytes)
-        extents = self._residency.extents[place]
-        start = extents.take(room_bytes)
-        if start is not None or room_bytes > extents.capacity_bytes:
-            return start
-        if place not in self._order:
-            blocks = [block for block in self._residency.blocks.values() if self._residency.evictable(block, place)]
-            self._order[place] = plan.victims(blocks, lambda block: self.worth(block, place))
-        for worth, block in self._order[place]:
-            if below is not None and worth >= below:
-                self._order[place] = chain([(worth, block)], self._order[place])
-                return None
-            if self._residency.blocks.get(block.item) is block and self._residency.evictable(block, place):
-                self._residency.leave(block, place, "evict", self._now)
-                self.evicted.append((block, place))
-                start = extents.take(room_bytes)
-                if start is not None:
-                    return start
-        return None
+        blocks, order = self._residency.blocks, self._orders[place]
+        firsts = [*order.firsts(), *self._lowest(order)]
+        worths = [(self.worth(blocks[item], place), blocks[item].touched, item) for item in firsts]
+        if not worths:
+            return None
+        worth, _, item = min(worths)
+        return worth, blocks[item]
 
     def worth(self, block: Block, place: str) -> float:
         """Expected seconds saved per byte-second by having this block in `place`."""
@@ -64,8 +65,41 @@ class Room:
         wants = [(want, size_bytes * length(want.item)) for want, _ in self._paths.wants_of(block.item)]
         if wants:
             return foresee.told_worth(wants, self._now)
+        return foresee.untold_worth(self._price(block, place), self._now - block.touched_s)
+
+    def _price(self, block: Block, place: str) -> float:
+        """Seconds per byte to have it back once it left `place`; 0 where its path is over."""
         if block.ended:
             return 0.0
         lower = self._residency.lies(block, SOURCES if place == "host" else ("disk",) if place == "hybrid" else ())
-        rate = self._settings.read_rate(lower) if lower else self._settings.recompute
-        return foresee.untold_worth(1.0 / rate, self._now - block.touched_s)
+        return 1.0 / (self._settings.read_rate(lower) if lower else self._settings.recompute)
+
+    def _lowest(self, order: Order) -> list[str]:
+        """The told block worth least, filed under a want which shows that."""
+        while (lowest := order.lowest(self._now)) is not None:
+            level, item = lowest
+            block = self._residency.blocks[item]
+            better = (name for name in self._paths.told[item] if level_of(self._under(block, name)) > level)
+            name = next(better, None)
+            if name is None:
+                return [item]
+            self._file_under(block, order, name)
+        return []
+
+    def _likely(self, block: Block, order: Order) -> str:
+        """A want that names this block, likely its best: the one it is filed under, or the newest.
+
+        Under whichever it is filed, it is worth at least that; `_lowest` looks at the others before it leaves.
+        """
+        namers = self._paths.told[block.item]
+        newest, kind = next(reversed(namers)), order.kind(block.item)
+        if isinstance(kind, tuple) and kind[0] in namers:
+            return max(kind[0], newest, key=lambda name: self._under(block, name))
+        return newest
+
+    def _under(self, block: Block, name: str) -> float:
+        return foresee.told_worth([(self._paths.wants[name], block.size_bytes * self._paths.length(name))], self._now)
+
+    def _file_under(self, block: Block, order: Order, name: str) -> None:
+        want, path_bytes = self._paths.wants[name], block.size_bytes * self._paths.length(name)
+        order.put_told(block.item, block.touched, block.size_bytes, want, path_bytes, self._now)

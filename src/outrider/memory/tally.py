@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from outrider.memory.residency import At, Residency
+from outrider.memory.residency import Residency
 
 DAMAGE = ("checksum", "stale", "short")
 
@@ -69,6 +69,6 @@ class Tally:
                 "capacity_bytes": residency.ledger.capacity_bytes(place),
                 "used_bytes": residency.ledger.used_bytes[place],
                 "free_bytes": residency.ledger.free_bytes(place),
-                "blocks": sum(block.state[place] is At.HERE for block in residency.blocks.values()),
+                "blocks": residency.here[place],
             }
         return counters | extra | {"tiers": tiers}

@@ -10,12 +10,14 @@ Owned by `policy.py`, which knows who asked and answers them; here the same few 
 from outrider.memory import events as ev
 from outrider.memory.demand import Demands, Lease
 from outrider.memory.flights import OPEN_END_S, Flights
+from outrider.memory.lifts import Lane
 from outrider.memory.paths import Paths
 from outrider.memory.residency import At, Block, Residency
 from outrider.memory.room import Room
 from outrider.memory.settings import BELOW, Settings
 from outrider.memory.tally import DAMAGE, Tally
-from outrider.memory.told import Told
+from outrider.memory.told import Told, source_of
+from outrider.memory.unsaved import Unsaved
 
 COPIES_PER_SAVE = 64
 PIN_MARGIN = 2.0  # what is pinned makes way only for what is worth so many times as much: each change costs a read
@@ -28,11 +30,13 @@ class Traffic:
         self.flights = Flights(residency)
         self.room = Room(settings, residency, paths)
         self.told = Told(settings, residency, paths)
-        self.dirty: dict[str, dict[str, None]] = {place: {} for place in BELOW if place in residency.places}
+        self.dirty = {place: Unsaved() for place in BELOW if place in residency.places}
         self._settings, self._residency, self._paths = settings, residency, paths
         self._demands, self._tally = demands, tally
         self._rest_until_s: dict[str, float] = {}  # of tiers that refused a copy
         self._cached: dict[str, None] = {}  # blocks in the hybrid device's cache, or on their way there
+        self._look: dict[str, None] = {}  # those of `_cached` that something happened to
+        self._fresh: dict[str, None] = {}  # left host while lifts were sought: not to be lifted in the same go
         self._condemned: dict[tuple[str, str], None] = {}  # (block, place): only waits for its last reader there
         self._generation = 0
         self._out: list[ev.Command] = []
@@ -46,7 +50,17 @@ class Traffic:
     def moments(self) -> list[float]:
         """When something must move by itself: wants, and rests that end."""
         rests = [self._rest_until_s.get(place, -OPEN_END_S) for place, dirty in self.dirty.items() if dirty]
-        return [*self.told.moments(), *rests]
+        return [*self.told.moments(self._now), *rests]
+
+    def file(self) -> None:
+        """Put every block to which something happened where it belongs now, in each of the orders kept."""
+        for changed in (self._residency.changed, self._paths.changed):
+            while changed:
+                item, _ = changed.popitem()
+                self.room.file(item)
+                self.told.file(item)
+                if item in self._cached:
+                    self._look[item] = None
 
     def recover(self, blocks: tuple[ev.Found, ...]) -> None:
         """Enter what the disk tier's index holds; what does not fit it any more is erased."""
@@ -59,18 +73,32 @@ class Traffic:
             self._out.append(ev.Erase(tuple(lost)))
 
     def find(self, place: str, size_bytes: int, below: float | None = None) -> int | None:
-        """Room in a tier, as `Room.find`; what had to leave for it is accounted for."""
-        start = self.room.find(place, size_bytes, below)
-        while self.room.evicted:
-            block, left = self.room.evicted.pop()
-            self._tally.evicted(left)
-            self._left(block, left)
+        """An extent for `size_bytes` in `place`, evicting blocks worth less than `below` (None: any) to get it.
+
+        None where what is leased, drafted or moving, or worth more, leaves too little room.
+        """
+        room_bytes, extents = self._residency.room_bytes(place, size_bytes), self._residency.extents[place]
+        start = extents.take(room_bytes)
+        evicted: list[Block] = []
+        while start is None and room_bytes <= extents.capacity_bytes:
+            self.file()
+            victim = self.room.victim(place)
+            if victim is None or (below is not None and victim[0] >= below):
+                break
+            self._residency.leave(victim[1], place, "evict", self._now)
+            evicted.append(victim[1])
+            start = extents.take(room_bytes)
+        for block in reversed(evicted):
+            self._tally.evicted(place)
+            self._left(block, place)
+        if evicted:
+            self.file()
         return start
 
     def published(self, block: Block) -> None:
         """A client completed it: it is to be saved to every tier below host."""
         for dirty in self.dirty.values():
-            dirty[block.item] = None
+            dirty.add(block.item)
 
     # to host ---------------------------------------------------------------------------------------------------------
 
@@ -79,7 +107,7 @@ class Traffic:
         self._settle()
         loads: dict[str, list[ev.Copy]] = {}
         for lease in self._demands.hungry():
-            for item in lease.waiting:
+            for item in list(lease.unsent):
                 block = self._residency.blocks[item]
                 source = self._residency.source(block)
                 if block.state["host"] is At.ABSENT and source is not None:
@@ -87,50 +115,65 @@ class Traffic:
                     if start is None:
                         break
                     self._lift(block, source, start, loads)
+                del lease.unsent[item]
+        self.file()
         self._foreseen(loads)
         for source, copies in loads.items():
             self._out.append(ev.Load(tuple(copies), source))
 
     def _foreseen(self, loads: dict[str, list[ev.Copy]]) -> None:
+        """Lifts and prefetches for wants, in the order of `lifts.py`, until nothing more can be done in any lane."""
         prefetches: list[ev.Copy] = []
-        full = crowded = False  # no room any more: in host, in the device's cache
-        for want, item in self.told.queue():
-            block = self._residency.blocks[item]
-            source = self._residency.source(block)
-            if source is None:
+        missing = self.told.missing
+        full = False  # no room any more in host
+        crowded = self._rest_until_s.get("cache", 0.0) > self._now  # nor in the device's cache
+        cursors: dict[Lane, tuple[float | str, ...]] = dict.fromkeys(missing.lanes(), ())
+        self._fresh.clear()
+        while heads := [(entry, lane) for lane, cursor in cursors.items() if (entry := missing.after(lane, cursor))]:
+            entry, lane = min(heads)
+            cursors[lane] = entry
+            by_s, item = entry[0], entry[-1]
+            if not missing.first(entry) or item in self._fresh:
                 continue
-            if not full and self.told.due_s(want, source, block.size_bytes) <= self._now:
-                by_s = want.by_s if want.by_s > self._now else OPEN_END_S  # overdue: better late than by a lease
-                if self.flights.end_s(block, source, "host", self._now) > by_s:
-                    continue  # would be late: asked again at the next event
+            block, source = self._residency.blocks[item], source_of(lane)
+            if not full and self.told.due_s(by_s, lane) <= self._now:
+                by_s = by_s if by_s > self._now else OPEN_END_S  # overdue: better late than by a lease
+                end_s = self.flights.end_s(block, source, "host", self._now)
+                if end_s > by_s:
+                    cursors[lane] = (end_s,)  # it would be late, as all before that: asked again at the next event
+                    continue
                 start = self.find("host", block.size_bytes, below=self.room.worth(block, "host"))
                 if start is not None:
                     block.lifted = True
                     self._lift(block, source, start, loads, by_s)
+                    self.file()
                     continue
                 full = True
-            if source == "hybrid" and not crowded and self._may_prefetch(block):
+            if lane[0] == "hybrid" and "cache" in block.state and not crowded:
                 start = self.find("cache", block.size_bytes, below=self.room.worth(block, "cache") / PIN_MARGIN)
                 crowded = start is None
                 if start is not None:
                     self._cached[item] = None
                     prefetches.append(self.flights.start(block, "hybrid", "cache", start, self._now))
+                    self.file()
+                    continue
+            del cursors[lane]
         if prefetches and self._settings.hybrid is not None:
             self._out.append(ev.Prefetch(tuple(prefetches), self._settings.hybrid.pin))
-
-    def _may_prefetch(self, block: Block) -> bool:
-        return block.state.get("cache") is At.ABSENT and self._rest_until_s.get("cache", 0.0) <= self._now
 
     def _lift(
         self, block: Block, source: str, start: int, loads: dict[str, list[ev.Copy]], by_s: float = OPEN_END_S
     ) -> None:
-        self.told.missing.pop(block.item, None)
         copy = self.flights.start(block, source, "host", start, self._now, by_s)
         loads.setdefault(tier_of(source), []).append(copy)
 
     def _settle(self) -> None:
         """Let go of what need not stay in the device's cache, and of condemned copies that nobody reads any more."""
-        for item in list(self._cached):
+        self.file()
+        look, self._look = self._look, {}
+        for item in look:
+            if item not in self._cached:
+                continue
             block = self._residency.blocks[item]
             state = block.state["cache"]
             wanted = item in self._paths.told or block.joins
@@ -161,15 +204,12 @@ class Traffic:
             if dirty and not self.flights.bound_for(place) and self._now >= self._rest_until_s.get(place, 0.0):
                 self._save(place, dirty)
 
-    def _save(self, place: str, dirty: dict[str, None]) -> None:
+    def _save(self, place: str, dirty: Unsaved) -> None:
         batches: dict[str, list[ev.Copy]] = {}
         copies = batch_bytes = 0
-        for item in sorted(dirty, key=lambda item: not self._residency.blocks[item].must):
-            if batch_bytes >= self._settings.save_bytes or copies >= COPIES_PER_SAVE:
-                break
-            if item not in dirty:
-                continue  # it left while room was made for the ones before
-            del dirty[item]
+        while (
+            batch_bytes < self._settings.save_bytes and copies < COPIES_PER_SAVE and (item := dirty.pop()) is not None
+        ):
             block = self._residency.blocks[item]
             if block.state[place] is not At.ABSENT:
                 continue
@@ -205,6 +245,7 @@ class Traffic:
         landed = self._residency.end(block, move, "land", self._now)
         if move.dst == "disk":
             block.must = False
+            self._residency.mark(block)
             self._demands.saved(block.item)
         if move.dst != "host":
             return []
@@ -212,10 +253,10 @@ class Traffic:
             self._count_waste(block)
             return []
         if move.src == "disk" and block.state.get("hybrid") is At.ABSENT:
-            self.dirty["hybrid"][block.item] = None  # next time it comes from there
+            self.dirty["hybrid"].add(block.item)  # next time it comes from there
         leases = self._joined(block)
         for lease in leases:
-            block.holds["host"] += 1
+            self._residency.hold(block, "host", 1)
             lease.pinned[block.item] = None
         return leases
 
@@ -238,7 +279,7 @@ class Traffic:
             if move.dst == "disk":
                 self._lost(block)
             if self._origin(block, move.dst) is not None:
-                self.dirty[move.dst][block.item] = None  # it stays where it is, and is tried again after a rest
+                self.dirty[move.dst].add(block.item)  # it stays where it is, and is tried again after a rest
         return waiting
 
     def _rest(self, place: str) -> None:
@@ -252,6 +293,9 @@ class Traffic:
         self._residency.turn(block, place, "condemn", self._now)
         if not self._residency.published(block.item):
             waiting = self._joined(block)
+        for name in block.joins:
+            lease = self._demands.leases[name]
+            lease.unsent = {item: None for item in lease.waiting if item in lease.unsent or item == block.item}
         self._condemned[block.item, place] = None
         self._left(block, place)
         self._settle()
@@ -261,8 +305,10 @@ class Traffic:
         """The leases that waited for this block, which now no longer do."""
         leases = [self._demands.leases[name] for name in block.joins]
         block.joins.clear()
+        self._residency.mark(block)
         for lease in leases:
             del lease.waiting[block.item]
+            lease.unsent.pop(block.item, None)
         return leases
 
     def _left(self, block: Block, place: str) -> None:
@@ -278,16 +324,16 @@ class Traffic:
             self._count_waste(block)
         for dst, dirty in self.dirty.items():
             if self._origin(block, dst) is None:
-                dirty.pop(item, None)
-        self.told.missing.pop(item, None)
+                dirty.drop(item)
+        if place == "host":
+            self._fresh[item] = None
         if self._residency.lies(block, self._residency.places) is None:
             self._lost(block)
-        elif item in self._paths.told and block.state["host"] is At.ABSENT:
-            self.told.missing[item] = None
 
     def _lost(self, block: Block) -> None:
         """It is not on disk, and will not be soon: whoever waits for that hears so."""
         block.must = False
+        self._residency.mark(block)
         self._demands.lost(block.item)
 
     def _count_waste(self, block: Block) -> None:
