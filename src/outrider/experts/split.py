@@ -35,6 +35,7 @@ def split(load_E: Array, homes_E: Array, replicas_RS: Array) -> Split:
     """
     from outrider.experts import kernels  # numba: heavy, and an optional dependency of the package
 
+    load_E, homes_E, replicas_RS = (np.ascontiguousarray(a, dtype=np.int64) for a in (load_E, homes_E, replicas_RS))
     ranks, slots = replicas_RS.shape
     flow = kernels.flow_of(len(load_E), ranks, slots)
     kernels.lay(flow, load_E, homes_E, np.zeros(ranks, dtype=np.int64), replicas_RS)

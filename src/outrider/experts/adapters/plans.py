@@ -1,6 +1,7 @@
 """Plans and cost models as files: the npz that anyone can recount, links as TOML. Called by study.py and by users."""
 
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ def save(plan: StepPlan, path: Path) -> None:
 def load(path: Path) -> StepPlan:
     """Read a plan that `save` wrote. CallerError for a file that is none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
             return StepPlan(str(file["planner"]), **arrays, ranks_per_node=int(file["ranks_per_node"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise CallerError(f"plan {path}: {error}. Give an npz that `outrider experts plan --out` wrote.") from error
 
 
