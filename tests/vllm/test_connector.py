@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pretended import BLOCK, Engine, answer, config, engine
+from pretended import BLOCK, Engine, answer, config, engine, hasher
 from servers import Memory
-from vllm.v1.request import RequestStatus
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request, RequestStatus
 
 from outrider import memory as outrider_memory
 from outrider.memory.adapters.copying import Job
@@ -376,6 +378,19 @@ def test_adapters_and_sessions_are_left_to_vllm(settings: Settings, memory: Memo
         running.run()
         assert running.outputs[request.request_id] == answer(PROMPT)
         assert len(memory.server.seen) == before
+
+
+def test_pictures_that_a_client_named_are_left_to_vllm(settings: Settings, memory: Memory) -> None:
+    """vLLM's hash has the name in place of the content: tomorrow another picture may have it."""
+    fill(settings, memory)
+    place = PlaceholderRange(offset=0, length=10)
+    with engine(settings()) as running:
+        asking, params = running.scheduler.connector._asking, SamplingParams()
+        for identifier, known in (("cat.png", False), ("a" * 63 + "g", False), ("a1" * 32, True)):
+            pictures = [MultiModalFeatureSpec(None, "image", identifier, place)]
+            request = Request(identifier, PROMPT, params, None, mm_features=pictures, block_hasher=hasher)
+            asking.arrived(request)
+            assert (asking.matched(request, 0) != 0) is known
 
 
 def test_external_caches_that_are_reset_are_not_served(settings: Settings, memory: Memory) -> None:

@@ -33,6 +33,7 @@ FRESH_S = 1.0  # an answer older than this is asked for again
 LOOK_UP_S = 1.0  # a look-up that takes longer counts as: nothing there
 CHAT = re.compile(r"(?:\d+_)?(?:chatcmpl-)?(.+?)(?:-[0-9a-f]{8})?")
 COMPLETION = re.compile(r"(?:\d+_)?cmpl-(.+)-\d+(?:-[0-9a-f]{8})?")
+DIGEST = re.compile(r"[0-9a-f]{64,}")  # what vLLM calls a picture by that its client gave no name
 
 
 class Request(Protocol):
@@ -46,6 +47,7 @@ class Request(Protocol):
     skip_reading_prefix_cache: bool
     lora_request: object
     resumable: bool
+    mm_features: Sequence[Any]
     kv_transfer_params: Mapping[str, Any] | None
 
 
@@ -101,8 +103,12 @@ class Asking:
     # -- the scheduler's thread
 
     def arrived(self, request: Request) -> None:
-        """A LoRA adapter is known by name and path only, a session's tokens change: both are left to vLLM alone."""
-        if self.space is None or request.lora_request is not None or request.resumable:
+        """What is known by a name, not by content, is left to vLLM alone: LoRA adapters, pictures that a client names.
+
+        So is a session, whose tokens change.
+        """
+        named = any(not DIGEST.fullmatch(feature.identifier) for feature in request.mm_features)
+        if self.space is None or request.lora_request is not None or request.resumable or named:
             return
         known = self._known[request.request_id] = Known(request)
         self._ask(known, lift=True)
