@@ -262,7 +262,7 @@ def _wanted(report: Path) -> Path | None:
 
 
 @app.command(
-    epilog="Example:  outrider simulate conversation_trace.jsonl.xz --engines 8 --tiers host=64GiB,disk=1TiB --compare"
+    epilog="Example:  outrider simulate conversation_trace.jsonl.xz --limit 500 --tiers host=64GiB,disk=1TiB --compare"
 )
 def simulate(
     trace: Annotated[
@@ -297,9 +297,14 @@ def simulate(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="agents.jsonl of a live run: engines as fast as those were. Batch and bytes: profile."),
+        typer.Option(help="agents.jsonl of a live run: engines as fast as its. Default of --profile: smollm2-cpu."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Of the trace; default: recognised by its content.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="claude-code, chatdev, tau2, mooncake, azure or outrider; default: recognised by the trace's content."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many workflows.", min=1)] = None,
     rate: Annotated[
         float | None,
@@ -314,7 +319,10 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, nothing else.")] = False,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Existing directory for the journals, which `outrider replay` and the report read."),
+        typer.Option(
+            help="Existing directory; the run's journals go into a new one below it, for `outrider replay` and "
+            "`outrider report`. Default: deleted at the end."
+        ),
     ] = None,
     report: ReportFile = Path("outrider-report.html"),
 ) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,7 @@ from outrider.errors import CallerError
 
 FORMAT = 1
 LOG = logging.getLogger("outrider.journal")
+T = TypeVar("T")
 
 
 class Policy(Protocol):
@@ -157,11 +158,32 @@ def _lines(path: Path, whole: Sequence[bytes]) -> Iterator[Line]:
             raise CallerError(f"journal {path}: line {number} is damaged ({error}). Restore the file.") from error
 
 
-def decoder(path: Path, wanted: Any) -> "msgspec.json.Decoder[Any]":
-    """Reads `wanted` (events, commands) out of the lines of the journal at `path`, arrays from its sidecar included.
+def told(path: Path, events: Any, commands: Any) -> Iterator[tuple[float, Any, list[Any]]]:
+    """Every whole line as (now, event, commands), arrays from the sidecar included; lazily, after the header.
 
-    Its `decode` raises CallerError, as the cause of msgspec's error, where an array is missing or is another one.
+    events, commands  the union types of the policy's events and commands
+    Raises CallerError where it is no journal, an array is missing or another one, or a line is of another version.
     """
+    header, lines = read(path)
+    event_of, commands_of = (
+        _decoder(path, header, events, "event"),
+        _decoder(path, header, list[commands], "command"),
+    )
+    return (
+        (line.now, event_of(number, line.event), commands_of(number, line.commands))
+        for number, line in enumerate(lines, start=2)
+    )
+
+
+def settings(path: Path, wanted: type[T]) -> T:
+    """The settings in the header, as what the policy takes. CallerError where this version takes others."""
+    header, _ = read(path)
+    found: T = _decoder(path, header, wanted, "setting")(1, header.settings)
+    return found
+
+
+def _decoder(path: Path, header: Header, wanted: Any, what: str) -> Callable[[int, msgspec.Raw], Any]:
+    """Reads `wanted` out of a part of a line, given the line's number; `what` names it to a person."""
     arrays = path.with_suffix(".arrays")
 
     def get_array(wanted: type, value: Any) -> Any:
@@ -177,7 +199,20 @@ def decoder(path: Path, wanted: Any) -> "msgspec.json.Decoder[Any]":
             )
         return array
 
-    return msgspec.json.Decoder(wanted, dec_hook=get_array)
+    decode = msgspec.json.Decoder(wanted, dec_hook=get_array).decode
+
+    def decoded(number: int, raw: msgspec.Raw) -> Any:
+        try:
+            return decode(raw)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, CallerError):
+                raise error.__cause__ from None
+            raise CallerError(
+                f"journal {path}: line {number}: this version knows no such {what} ({error}). "
+                f"Use outrider {header.outrider}."
+            ) from error
+
+    return decoded
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -200,18 +235,10 @@ def replay(
     header, recorded = read(path)
     policy = fresh(header.settings)
     digests = msgspec.json.Encoder(enc_hook=lambda array: {"array": f"{(d := array_digest(array))}.npy", "digest": d})
-    decode = decoder(path, events).decode
+    event_of = _decoder(path, header, events, "event")
     agreed = 0
     for number, line in enumerate(lines or recorded, start=2):
-        try:
-            event = decode(line.event)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, CallerError):
-                raise error.__cause__ from None
-            raise CallerError(
-                f"journal {path}: line {number}: this version knows no such event ({error}). "
-                f"Use outrider {header.outrider}."
-            ) from error
+        event = event_of(number, line.event)
         again = digests.encode(list(policy.handle(event, line.now)))
         if again != bytes(line.commands):
             return agreed, Difference(number, bytes(line.event).decode(), bytes(line.commands).decode(), again.decode())

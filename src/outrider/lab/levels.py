@@ -50,8 +50,8 @@ def read(path: Path) -> tuple[list[Level], str]:
         return msgspec.json.decode(beside(path).read_bytes(), type=list[Level]), ""
     watches: list[_Watch] = []
 
-    def fresh(settings: msgspec.Raw) -> _Watch:
-        watches.append(_Watch(Policy(msgspec.json.decode(settings, type=Settings))))
+    def fresh(_: msgspec.Raw) -> _Watch:
+        watches.append(_Watch(Policy(journal.settings(path, Settings))))
         return watches[0]
 
     _, lines = journal.read(path)

@@ -45,5 +45,6 @@ def test_the_page_has_what_stdout_has(
 def test_a_kept_simulation_can_be_drawn_later(simulated: report.Run, tmp_path: Path) -> None:
     trace = simulated.arms[0].directory / "agents.jsonl"
     run.run(run.Options(trace=trace, profile="smollm2-cpu", keep=tmp_path, report=tmp_path / "x.html"))
-    report.write(tmp_path / "y.html", report.kept(tmp_path))
+    (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    report.write(tmp_path / "y.html", report.kept(kept))
     assert (tmp_path / "y.html").read_text() == (tmp_path / "x.html").read_text()

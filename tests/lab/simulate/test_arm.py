@@ -9,10 +9,11 @@ import pytest
 
 from outrider import stack
 from outrider.errors import CallerError, LawBroken
-from outrider.lab.simulate import arm, predict
+from outrider.lab.simulate import arm, callers, predict
 from outrider.lab.simulate.arm import Fleet
 from outrider.lab.traces.workload import Workload
 from outrider.lab.twins.engine import Engine
+from outrider.lab.twins.hook import MemoryHook
 from outrider.lab.twins.links import Lane
 from outrider.lab.twins.speed import Profile, Speed
 from outrider.memory.settings import Hybrid, Settings
@@ -105,7 +106,48 @@ def test_lost_bytes_are_found(make_reviews: Callable[..., Workload], monkeypatch
         send(lane, size_bytes - (lane.way == ("disk", "host")), do)
 
     monkeypatch.setattr(Lane, "send", short)
-    with pytest.raises(LawBroken, match=r"LawBroken 2: \('disk', 'host'\): copies of"):
+    with pytest.raises(LawBroken, match=r"LawBroken 2: disk->host: links moved \d+ bytes, memory counted \d+"):
+        play(make_reviews(workflows=3), OUTRIDER)
+
+
+@pytest.mark.parametrize("way", ["host->engine", "engine->host"])
+def test_bytes_lost_between_engine_and_host_are_found(
+    make_reviews: Callable[..., Workload], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    send = Lane.send
+
+    def short(lane: Lane, size_bytes: int, do: Callable[[], object]) -> None:
+        ours = way in "->".join(lane.way) if way == "host->engine" else lane.way[0].startswith("engine")
+        send(lane, size_bytes - (ours and size_bytes > 0), do)
+
+    monkeypatch.setattr(Lane, "send", short)
+    with pytest.raises(LawBroken, match=f"LawBroken 2: {way}: links moved"):
+        play(make_reviews(workflows=3), OUTRIDER)
+
+
+def test_a_call_that_no_client_sends_is_found(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = callers.Callers._later
+
+    def forgetful(self: callers.Callers, run: callers.Open, call: Any) -> None:
+        if call.id != "w1/sum-0":
+            later(self, run, call)
+
+    monkeypatch.setattr(callers.Callers, "_later", forgetful)
+    with pytest.raises(LawBroken, match="LawBroken 8: 6 workflows, 5 ended; 0 calls"):
+        play(workload, BASELINE)
+
+
+def test_a_block_counted_in_two_tiers_is_found(
+    make_reviews: Callable[..., Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = MemoryHook._count
+
+    def twice(hook: MemoryHook, job: Any, *rest: Any) -> None:
+        count(hook, job, *rest)
+        job.tiers["host"] = job.tiers.get("host", 0) + 1
+
+    monkeypatch.setattr(MemoryHook, "_count", twice)
+    with pytest.raises(LawBroken, match=r"LawBroken 2: call .* blocks from memory, by tier"):
         play(make_reviews(workflows=3), OUTRIDER)
 
 

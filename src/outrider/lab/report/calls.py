@@ -97,14 +97,12 @@ class _Names(msgspec.Struct):
 
 def read(path: Path) -> Calls:
     """All of a journal named agents.jsonl. CallerError where it is none, or its events are of another version."""
-    header, lines = journal.read(path)
-    calls = Calls(engines=msgspec.json.decode(header.settings, type=_Names).engines)
-    events, commands = journal.decoder(path, ev.Event), journal.decoder(path, list[ev.Command])
-    for line in lines:
-        _saw(calls, events.decode(line.event), line.now)
-        for command in commands.decode(line.commands):
-            _said(calls, command, line.now)
-        calls.last_s = line.now
+    calls = Calls(engines=journal.settings(path, _Names).engines)
+    for now, event, commands in journal.told(path, ev.Event, ev.Command):
+        _saw(calls, event, now)
+        for command in commands:
+            _said(calls, command, now)
+        calls.last_s = now
     return calls
 
 

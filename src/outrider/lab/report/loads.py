@@ -36,17 +36,14 @@ class Loads:
 
 def read(path: Path) -> Loads | None:
     """All of experts.RANK.jsonl; None where no micro-step ran. CallerError where it is no such journal."""
-    _, lines = journal.read(path)
-    events, commands = journal.decoder(path, ev.Event), journal.decoder(path, list[ev.Command])
     computed: list[Array] = []
     stages: list[str] = []
     copies: list[int] = []
-    for line in lines:
-        match events.decode(line.event):
+    for _, event, commands in journal.told(path, ev.Event, ev.Command):
+        match event:
             case ev.Began(stage):
-                said = commands.decode(line.commands)
                 stages.append(stage)
-                copies.append(sum(len(command.rows) for command in said if isinstance(command, ev.Fetch)))
+                copies.append(sum(len(command.rows) for command in commands if isinstance(command, ev.Fetch)))
             case ev.Ran(computed_LR=computed_LR):
                 computed.append(computed_LR)
             case _:

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from outrider import journal
 from outrider.lab import levels
 from outrider.lab.levels import Level
@@ -60,16 +58,14 @@ class Memory:
 
 def read(path: Path) -> Memory:
     """All of a journal named memory.jsonl. CallerError where it is none, or its events are of another version."""
-    header, lines = journal.read(path)
-    topology = msgspec.json.decode(header.settings, type=Settings).topology()
+    topology = journal.settings(path, Settings).topology()
     memory = Memory({place.name: place.capacity_bytes for place in topology.places})
-    events, commands = journal.decoder(path, ev.Event), journal.decoder(path, list[ev.Command])
     size_bytes: dict[str, int] = {}
-    for line in lines:
-        _saw(memory, size_bytes, events.decode(line.event), line.now)
-        for command in commands.decode(line.commands):
-            _said(memory, command, line.now)
-        memory.last_s = line.now
+    for now, event, commands in journal.told(path, ev.Event, ev.Command):
+        _saw(memory, size_bytes, event, now)
+        for command in commands:
+            _said(memory, command, now)
+        memory.last_s = now
     memory.levels, memory.stops = levels.read(path)
     return memory
 

@@ -52,12 +52,12 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     """
     clock = Clock()
     engines = _engines(clock, workload, fleet)
-    lanes: list[Lane] = []
+    hooks: list[MemoryHook] = []
     memory = None
     if fleet.memory is not None:
         journal = Journal(directory / "memory.jsonl", "memory", fleet.memory) if directory else None
         memory = MemoryTwin(fleet.memory, clock, journal=journal, notes=directory is not None)
-        lanes = [*_attach(engines, memory, workload, fleet), *memory.lanes.values()]
+        hooks = _attach(engines, memory, workload, fleet)
     settings = GatewaySettings(
         engines=tuple(engines),
         policy=fleet.policy,
@@ -83,8 +83,13 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     clock.run()
     _check(engines, gateway)
     gateway.close()
+    callers.close()
+    lanes = [lane for hook in hooks for lane in (hook.to_engine, hook.to_host)]
     if memory is not None:
         memory.close()
+        memory.counted("engine->host", sum(hook.to_host.moved_bytes for hook in hooks))
+        memory.counted("host->engine", sum(hook.to_engine.moved_bytes + hook.unread_bytes for hook in hooks))
+        lanes += memory.lanes.values()
         if memory.levels is not None and directory is not None:
             memory.levels.write(directory / "memory.jsonl")
     record = callers.record
@@ -120,9 +125,9 @@ def _engines(clock: Clock, workload: Workload, fleet: Fleet) -> dict[str, Engine
     }
 
 
-def _attach(engines: dict[str, Engine], memory: MemoryTwin, workload: Workload, fleet: Fleet) -> list[Lane]:
-    """Give every engine its client of memory; returns the links between them and host, one pair an engine."""
-    profile, lanes = fleet.profile, []
+def _attach(engines: dict[str, Engine], memory: MemoryTwin, workload: Workload, fleet: Fleet) -> list[MemoryHook]:
+    """Give every engine its client of memory, with links of its own to host and back."""
+    profile, hooks = fleet.profile, []
     assert fleet.memory is not None
     blocks = page_blocks(workload, profile, fleet.memory)
     for number, (name, engine) in enumerate(engines.items()):
@@ -130,9 +135,9 @@ def _attach(engines: dict[str, Engine], memory: MemoryTwin, workload: Workload, 
         inward = Lane(Link("host", short, profile.copy_bytes_per_s), engine.clock)
         outward = Lane(Link(short, "host", profile.copy_bytes_per_s), engine.clock)
         page_bytes = blocks * workload.block_tokens * profile.kv_bytes_per_token
-        engine.hook = MemoryHook(engine, memory, number + 1, blocks, page_bytes, inward, outward)
-        lanes += [inward, outward]
-    return lanes
+        engine.hook = hook = MemoryHook(engine, memory, number + 1, blocks, page_bytes, inward, outward)
+        hooks.append(hook)
+    return hooks
 
 
 def _check(engines: dict[str, Engine], gateway: AgentsTwin) -> None:

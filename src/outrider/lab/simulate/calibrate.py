@@ -84,36 +84,35 @@ def fit(seen: Sequence[Observed], kv_tokens: int, start: Profile) -> Fit:
 
 def observe(path: Path) -> tuple[list[Observed], int]:
     """Answered attempts in order of dispatch, and the KV tokens that an engine of that run reported, or 0."""
-    header, lines = journal.read(path)
+    header, _ = journal.read(path)
     if header.policy != "agents":
         raise CallerError(f"--calibrate {path}: the journal of {header.policy!r}. Name an agents.jsonl.")
-    events, commands = msgspec.json.Decoder(ev.Event), msgspec.json.Decoder(list[ev.Command])
     sent: dict[tuple[str, int], tuple[str, float]] = {}
     first: dict[tuple[str, int], float] = {}
     asked: dict[str, ev.Call] = {}
     tree = PrefixTree(BLOCK_TOKENS, Numbers())
     seen: dict[tuple[str, int], Observed] = {}
     kv_tokens = 0
-    for line in lines:
-        match events.decode(line.event):
+    for now, event, commands in journal.told(path, ev.Event, ev.Command):
+        match event:
             case ev.EngineUp(_, _, said):
                 kv_tokens = said or kv_tokens
             case ev.Arrived(call):
                 asked[call.id] = call
             case ev.FirstByte(call_id, attempt):
-                first[call_id, attempt] = line.now
+                first[call_id, attempt] = now
             case ev.Finished(call_id, attempt, 200, usage) if usage and not usage.estimated and asked[call_id].stream:
                 engine, at_s = sent[call_id, attempt]
-                begun_s = first.get((call_id, attempt), line.now)
+                begun_s = first.get((call_id, attempt), now)
                 tokens = usage.prompt_tokens, usage.cached_tokens, usage.output_tokens
                 pieces = [(link.digest, link.chars) for link in asked[call_id].chain]
                 chain = ids_of(tree.lay(pieces, usage.prompt_tokens))
-                seen[call_id, attempt] = Observed(engine, at_s, begun_s, line.now, *tokens, chain)
+                seen[call_id, attempt] = Observed(engine, at_s, begun_s, now, *tokens, chain)
             case _:
                 pass
-        for command in commands.decode(line.commands):
+        for command in commands:
             if isinstance(command, ev.Dispatch):
-                sent[command.call, command.attempt] = (command.engine, line.now)
+                sent[command.call, command.attempt] = (command.engine, now)
     return [seen[name] for name in sent if name in seen], kv_tokens
 
 

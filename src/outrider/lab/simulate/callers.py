@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from outrider.agents import events as ev
+from outrider.errors import LawBroken
 from outrider.lab.clock import Clock
 from outrider.lab.traces.runs import Runs, length, shared
 from outrider.lab.traces.workload import Call, Workflow, Workload
@@ -152,6 +153,8 @@ class Callers:
     def _answered(self, sent: Sent, end: ev.Settle, flight: Flight) -> None:
         job, call, run, now = flight.job, sent.call, sent.open, self._clock.now
         assert job is not None
+        if sum(job.tiers.values()) != job.external_blocks:
+            raise LawBroken(2, f"call {call.id}: {job.external_blocks} blocks from memory, by tier {job.tiers}")
         waited_s = now - end.total_s - sent.first_s  # in sends that were refused
         block_tokens = self._workload.block_tokens
         reused = {"engine": job.own_blocks * block_tokens}
@@ -185,6 +188,12 @@ class Callers:
         self.record.abandoned += not sent.open.lost
         sent.open.lost = True
         self._on_answer()
+
+    def close(self) -> None:
+        """The simulation is over: every workflow came to its end, or was given up and says so."""
+        ended, begun = len(self.record.completions_s) + self.record.abandoned, len(self._workload.workflows)
+        if self._sent or ended != begun:
+            raise LawBroken(8, f"{begun} workflows, {ended} ended; {len(self._sent)} calls are still waited for")
 
 
 def _goes_on(call: Call, parent: Call) -> bool:

@@ -57,8 +57,7 @@ def figures(
         "workflows_late": record.late,
         "wall_s": wall_s,
         "arrivals": gateway.arrived,
-        "duplicates": 0,  # the twin would have raised LawBroken 8
-        "unended": 0,
+        "unended": gateway.arrived - gateway.ended,
         "preemptions": sum(engine.preemptions for engine in engines.values()),
         "failed_attempts": stats["failed_attempts"],
         "queued_mean_s": stats["queued_mean_s"],

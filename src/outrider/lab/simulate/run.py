@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import outrider
-from outrider import journal
-from outrider.agents.settings import GatewaySettings
 from outrider.errors import CallerError
 from outrider.lab import report, traces
-from outrider.lab.simulate import arm, calibrate, predict, profiles, table
+from outrider.lab.simulate import arm, calibrate, callers, predict, profiles, table
 from outrider.lab.traces.workload import Workload
+from outrider.lab.twins.agents import TOO_LONG
 from outrider.lab.twins.speed import Profile
 from outrider.memory.settings import Settings as MemorySettings
 from outrider.memory.tiers.disk import HEADER_BYTES
@@ -67,15 +66,19 @@ def run(options: Options) -> dict[str, Any]:
     workload = traces.read(options.trace, options.format, options.seed, options.limit, options.rate)
     start = profiles.named(options.profile or (profiles.EMBEDDED if options.calibrate else profiles.DEFAULT))
     fit = calibrate.calibrate(options.calibrate, start) if options.calibrate else None
-    fleet = _fleet(options, workload, fit.profile if fit else start)
+    live = predict.live(options.trace) if workload.format == "outrider" else None
+    fleet = _fleet(options, live, fit.profile if fit else start)
     result = _about(options, workload, fleet, fit)
     baseline = replace(fleet, policy="fcfs", routing="sticky", memory=None)
     arms = {COMPARED: baseline, ASKED: fleet} if options.compare else {ASKED: fleet}
     with _directory(options) as directory:
         found = {name: _arm(name, workload, which, options, directory) for name, which in arms.items()}
         result |= found[ASKED] | ({COMPARED: found[COMPARED]} if options.compare else {})
-        if workload.format == "outrider":
-            result |= predict.against(options.trace, found[ASKED])
+        result["plainly"] += _given_up(found[ASKED], fleet)
+        if live is not None:
+            foretold, remark = _foretold(options, live, fleet, found[ASKED])
+            result |= foretold
+            result["plainly"] += remark
         if options.json:
             sys.stdout.write(json.dumps(result, indent=1) + "\n")
         else:
@@ -85,19 +88,54 @@ def run(options: Options) -> dict[str, Any]:
         if directory is not None:
             told = _told(options, workload, fleet, result, directory)
             report.keep(directory, told)
+            if options.keep is not None:
+                news.print(f"Kept: {directory}", style="dim")
             if options.report is not None:
                 report.write(options.report, told)
                 news.print(f"Report: {options.report}, trace: {report.trace_path(options.report)}", style="dim")
     return result
 
 
-def _fleet(options: Options, workload: Workload, profile: Profile) -> arm.Fleet:
+def _given_up(found: dict[str, Any], fleet: arm.Fleet) -> list[str]:
+    """Why calls were not answered, and what helps."""
+    if not found["refused"]:
+        return []
+    told = ", ".join(f"{count:,} with status {status}" for status, count in found["refused"].items())
+    mend = {
+        str(TOO_LONG): f"{TOO_LONG}: prompt and answer never fit a cache of {fleet.kv_tokens:,} tokens, "
+        "raise --kv-tokens",
+        "429": f"429: the gateway's line was full {callers.ATTEMPTS} times, raise --engines or --credit",
+    }
+    whys = "; ".join(why for status, why in mend.items() if status in found["refused"])
+    return [
+        f"Calls were given up: {told}{f' ({whys})' if whys else ''}. {found['workflows_abandoned']:,} workflows did "
+        "not come to their end; times are of the others."
+    ]
+
+
+def _foretold(
+    options: Options, live: predict.Live, fleet: arm.Fleet, found: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Prediction beside truth, where what was simulated is what ran; else a sentence that says what differs."""
+    differs = predict.differs(live, fleet)
+    differs += [f"--{name}" for name in ("limit", "rate") if getattr(options, name) is not None]
+    if found["refused"]:
+        differs.append("calls that were given up")
+    if options.profile is None and options.calibrate is None:
+        differs.append("engines of a speed that nobody named (--calibrate, --profile)")
+    if differs:
+        return {}, [f"No prediction of the live run, since this one has {', '.join(differs)}."]
+    same = options.calibrate is not None and options.calibrate.samefile(options.trace)
+    return predict.against(options.trace, found), (
+        ["The engines were fitted to the very run that they foretell: a fit, no prediction."] if same else []
+    )
+
+
+def _fleet(options: Options, live: predict.Live | None, profile: Profile) -> arm.Fleet:
     """Sizes as asked for; of a live run's journal, those of that run; else the profile's."""
     engines, kv_tokens, credit = ENGINES, profile.kv_tokens, profile.max_num_seqs
-    if workload.format == "outrider":
-        _, said = calibrate.observe(options.trace)
-        live = msgspec.json.decode(journal.read(options.trace)[0].settings, type=GatewaySettings)
-        engines, kv_tokens, credit = len(live.engines), said or kv_tokens, live.credit
+    if live is not None:
+        engines, kv_tokens, credit = live.engines, live.kv_tokens or kv_tokens, live.credit
     return arm.Fleet(
         profile,
         options.engines or engines,
@@ -158,9 +196,11 @@ def _about(options: Options, workload: Workload, fleet: arm.Fleet, fit: calibrat
 
 @contextlib.contextmanager
 def _directory(options: Options) -> Iterator[Path | None]:
-    """Where the journals go: below --keep, else somewhere until the report is written; None: nobody reads them."""
-    if options.keep is not None or options.report is None:
-        yield options.keep
+    """A new directory for the journals: below --keep, else until the report is written; None: nobody reads them."""
+    if options.keep is not None:
+        yield Path(tempfile.mkdtemp(prefix="outrider-", dir=options.keep))
+    elif options.report is None:
+        yield None
     else:
         with tempfile.TemporaryDirectory(prefix="outrider-") as name:
             yield Path(name)
@@ -173,7 +213,7 @@ def _told(
     arms = [report.Arm(ASKED, directory / ASKED, result, key="")]
     if options.compare:
         arms.insert(0, report.Arm(COMPARED, directory / COMPARED, result[COMPARED]))
-    live = options.trace if workload.format == "outrider" else None
+    live = options.trace if "predicted" in result else None
     what = f"{options.trace.name} ({workload.format}), {result['calls']:,} calls"
     return report.Run(
         title=f"{what} on {fleet.engines} modelled engines",
@@ -188,7 +228,7 @@ def _told(
 def _arm(name: str, workload: Workload, fleet: arm.Fleet, options: Options, directory: Path | None) -> dict[str, Any]:
     own = directory / name if directory else None
     if own is not None:
-        own.mkdir(exist_ok=True)
+        own.mkdir()
     total = sum(len(workflow.calls) for workflow in workload.workflows)
     with _bar(f"{name}: calls", total, options.json) as step:
         return arm.play(workload, fleet, own, step)

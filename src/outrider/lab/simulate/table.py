@@ -3,11 +3,13 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from outrider.lab.demo.table import ROWS, count, mib, seconds
 
 Figures = dict[str, Any]
+ALL = (("calls", "calls", count), *ROWS, ("workflows completed", "workflows", count), ("time", "wall_s", seconds))
 
 
 def show(out: Console, result: Figures) -> None:
@@ -25,15 +27,16 @@ def show(out: Console, result: Figures) -> None:
 
 def _figures(result: Figures, before: Figures | None) -> Table:
     order = f"{result['policy']}, {result['routing']}, tiers {result['tiers']}"
-    table = Table(title=f"Simulated: {result['trace']['source']} ({result['trace']['format']})", title_justify="left")
+    table = Table(
+        title=escape(f"Simulated: {result['trace']['source']} ({result['trace']['format']})"), title_justify="left"
+    )
     table.add_column("")
     if before is not None:
         table.add_column("fcfs, sticky, tiers none", justify="right")
     table.add_column(order, justify="right")
     if before is not None:
         table.add_column("ratio", justify="right")
-    rows = [("calls", "calls", count), *ROWS, ("workflows completed", "workflows", count), ("time", "wall_s", seconds)]
-    for title, key, unit in rows:
+    for title, key, unit in ALL:
         now = result[key]
         cells = [unit(now) if now is not None else "-"]
         if before is not None:
@@ -78,9 +81,8 @@ def _prediction(result: Figures) -> Table:
     table = Table(title="Predicted against actual", title_justify="left")
     for column in ("", "predicted", "actual", "error"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, predicted in result["predicted"].items():
-        error = result["error"][name]
-        table.add_row(
-            name, f"{predicted:,.2f}", f"{result['actual'][name]:,.2f}", f"{error:+.1%}" if error is not None else "-"
-        )
+    for title, name, unit in [row for row in ALL if row[1] in result["predicted"]]:
+        came, error = result["actual"][name], result["error"][name]
+        told = unit(result["predicted"][name]) if error is not None else "-"
+        table.add_row(title.strip(), told, unit(came), f"{error:+.1%}" if error is not None else "-")
     return table

@@ -35,6 +35,7 @@ class MemoryHook:
         self.page_blocks, self.page_bytes = page_blocks, page_bytes
         self.to_engine, self.to_host = to_engine, to_host
         self.clock: Clock = engine.clock
+        self.unread_bytes = 0  # granted behind a block that is gone, which nobody can use
         self._requests = 0
         self._reads, self._writes = Crew(READERS), Crew(1)
 
@@ -92,6 +93,7 @@ class MemoryHook:
             if lay != answer.lay:
                 raise LawBroken(2, f"request {job.id}: blocks lay {dict(lay)}, memory granted them from {answer.lay}")
             moved_bytes = sum(span.size_bytes for span in answer.spans[:good] if span)
+            self.unread_bytes += sum(span.size_bytes for span in answer.spans[good:] if span)
             self.to_engine.send(moved_bytes, partial(copied, good))
 
         def copied(good: int) -> None:

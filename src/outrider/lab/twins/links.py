@@ -10,7 +10,7 @@ Way = tuple[str, str]  # source, destination
 
 
 class Lane:
-    """One link under way. `moved_bytes` counts what has arrived."""
+    """One link under way. `moved_bytes` counts what was sent: all of it, once nothing is under way any more."""
 
     def __init__(self, link: Link, clock: Clock) -> None:
         self.link, self.clock = link, clock

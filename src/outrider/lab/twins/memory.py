@@ -7,7 +7,7 @@ can be restarted on what another one left. Laws 2 and 4 are checked by the polic
 everything every so often, and at the end that each link moved as many bytes as the policy has counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
@@ -30,7 +30,7 @@ Answer = ev.Grant | ev.Offer | ev.Acknowledge | ev.Refuse
 
 
 class MemoryTwin:
-    """One memory server. `lanes` are its links by way; those of the policy's topology where none are given.
+    """One memory server. `lanes` are its links by way, those of the policy's topology.
 
     notes  keep what each tier held over time, in `levels`, for a report
     """
@@ -39,14 +39,13 @@ class MemoryTwin:
         self,
         settings: Settings,
         clock: Clock,
-        lanes: Mapping[Way, Lane] | None = None,
         journal: Journal | None = None,
         disk: dict[str, ev.Found] | None = None,
         notes: bool = False,
     ) -> None:
         self.policy = Policy(settings)
         self.clock = clock
-        self.lanes = {(link.src, link.dst): Lane(link, clock) for link in settings.topology().links} | dict(lanes or {})
+        self.lanes = {(link.src, link.dst): Lane(link, clock) for link in settings.topology().links}
         self.disk: dict[str, ev.Found] = {} if disk is None else disk
         self.damaged: dict[tuple[str, str], str] = {}  # (tier, block) that is not what was stored, and how that shows
         self.events = 0
@@ -55,7 +54,6 @@ class MemoryTwin:
         self._answers: dict[tuple[int, int], Callable[[Answer], object]] = {}
         self._cached: dict[int, None] = {}  # offsets in the hybrid tier that its device has in its own cache
         self._timer: Timer | None = None
-        self._copied_bytes: dict[Way, int] = dict.fromkeys(self.lanes, 0)
         if "disk" in self.policy.residency.places:
             self.feed(ev.Recovered(tuple(self.disk.values())))
 
@@ -159,7 +157,6 @@ class MemoryTwin:
     def _send(self, way: Way, copies: tuple[ev.Copy, ...]) -> None:
         if copies:
             size_bytes = sum(copy.size_bytes for copy in copies)
-            self._copied_bytes[way] += size_bytes
             self.lanes[way].send(size_bytes, partial(self.feed, ev.Copied(tuple(copy.number for copy in copies))))
 
     # -- the end
@@ -170,19 +167,19 @@ class MemoryTwin:
         if self._answers:
             raise LawBroken(8, f"{len(self._answers)} requests were never answered, {next(iter(self._answers))} first")
         moved: dict[str, int] = {}
-        for way, copied_bytes in self._copied_bytes.items():
-            if copied_bytes != self.lanes[way].moved_bytes:
-                raise LawBroken(
-                    2, f"{way}: copies of {copied_bytes} bytes, the link moved {self.lanes[way].moved_bytes}"
-                )
-            name = f"{tier_of(way[0])}->{way[1]}"
-            moved[name] = moved.get(name, 0) + copied_bytes
+        for (src, dst), lane in self.lanes.items():
+            name = f"{tier_of(src)}->{dst}"
+            moved[name] = moved.get(name, 0) + lane.moved_bytes
         for name, moved_bytes in moved.items():
-            counted = self.policy.tally.moved_bytes.get(name, 0)
-            if counted != moved_bytes:
-                raise LawBroken(2, f"{name}: links moved {moved_bytes} bytes, memory counted {counted}")
+            self.counted(name, moved_bytes)
         if self._journal is not None:
             self._journal.close()
+
+    def counted(self, way: str, moved_bytes: int) -> None:
+        """Links carried so many bytes that way; LawBroken unless the policy has counted as many."""
+        counted = self.policy.tally.moved_bytes.get(way, 0)
+        if counted != moved_bytes:
+            raise LawBroken(2, f"{way}: links moved {moved_bytes} bytes, memory counted {counted}")
 
 
 def _found(copy: ev.Copy, at: int) -> ev.Found:
