@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,15 @@ def test_no_silent_handlers() -> None:
                 assert not (broad and silent), (
                     f"{where(path, node)}: swallows everything. Name the exception and say what happens"
                 )
+
+
+def test_vllms_environment_has_what_memory_needs() -> None:
+    """It is installed package by package, without dependencies: one that is missing there shows at its first import."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints-vllm.txt").read_text(), re.MULTILINE)
+    needed = [*project["dependencies"], *project["optional-dependencies"]["memory"]]
+    missing = {re.split(r"[>=<\[]", one)[0] for one in needed} - {name.lower() for name in pinned}
+    assert not missing, f"constraints-vllm.txt lacks {', '.join(sorted(missing))}: pin it as in constraints.txt"
 
 
 def test_importing_outrider_is_quiet_and_light() -> None:
