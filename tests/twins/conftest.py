@@ -20,6 +20,7 @@ _spec.loader.exec_module(_agents)
 farm, door = _agents.farm, _agents.door
 
 encode = msgspec.json.encode
+LATE_S = 1.0  # by which a busy machine may run a timer late
 
 
 class Imposed(Clock):
@@ -27,7 +28,7 @@ class Imposed(Clock):
 
     A twin reaches its journal through `feed` alone, and whatever it wants to tell itself goes through a timer. So when
     the live journal says that event E came next, E must be among the timers, byte for byte, or the twin would not have
-    produced it.
+    produced it. Limits and wake-ups must have been set for that very moment too.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,8 @@ class Imposed(Clock):
         """Let this event happen; fails where the twin has no such thing in hand."""
         for timer in self.events:
             if isinstance(timer.do, partial) and encode(timer.do.args[0]) == event:
+                if encode({"type": "Woke"}) == event:
+                    self.due(timer, "a wake-up")
                 do, timer.do = timer.do, None
                 self.events.remove(timer)
                 do()
@@ -61,11 +64,16 @@ class Imposed(Clock):
         for timer in self.limits:
             dispatch = timer.do.args[1] if isinstance(timer.do, partial) else None
             if dispatch is not None and (dispatch.call, dispatch.attempt) == (call, attempt):
+                self.due(timer, f"the limit of attempt {attempt} of {call}")
                 do, timer.do = timer.do, None
                 assert do is not None
                 do()
                 return
         raise AssertionError(f"the twin set no limit for attempt {attempt} of {call}")
+
+    def due(self, timer: Timer, what: str) -> None:
+        """What live did now, the twin had set for now: never for later, nor for long before."""
+        assert -0.01 <= self.now - timer.at_s < LATE_S, f"{what}: live at {self.now}, the twin's for {timer.at_s}"
 
     def left(self) -> list[Any]:
         """Events that the twin still has in hand."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from outrider import journal
+from outrider.errors import CallerError
 from outrider.memory import events as ev
 from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
@@ -45,9 +46,15 @@ def beside(journal_path: Path) -> Path:
 
 
 def read(path: Path) -> tuple[list[Level], str]:
-    """The levels of the journal at `path`, and why they end before it does; "" where they do not."""
+    """The levels of the journal at `path`, and why they end before it does; "" where they do not.
+
+    CallerError where either file is damaged.
+    """
     if beside(path).exists():
-        return msgspec.json.decode(beside(path).read_bytes(), type=list[Level]), ""
+        try:
+            return msgspec.json.decode(beside(path).read_bytes(), type=list[Level]), ""
+        except msgspec.DecodeError as error:
+            raise CallerError(f"{beside(path)}: {error}. Delete it: the journal beside it is replayed then.") from error
     watches: list[_Watch] = []
 
     def fresh(_: msgspec.Raw) -> _Watch:

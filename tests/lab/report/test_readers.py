@@ -220,6 +220,15 @@ def test_what_a_simulation_noted_is_what_a_replay_finds(simulated: report.Run, t
     assert (noted.levels, noted.stops) == (replayed.levels, replayed.stops)
 
 
+def test_levels_that_are_damaged_say_so_and_what_to_do(simulated: report.Run, tmp_path: Path) -> None:
+    source = simulated.arms[1].directory / "memory.jsonl"
+    shutil.copy(source, tmp_path / "memory.jsonl")
+    whole = levels.beside(source).read_bytes()
+    levels.beside(tmp_path / "memory.jsonl").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CallerError, match=r"memory\.levels\.json: .*Delete it"):
+        tiers.read(tmp_path / "memory.jsonl")
+
+
 def test_a_replay_that_would_cost_too_much_says_where_it_ends(
     simulated: report.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
