@@ -239,7 +239,7 @@ def test_a_full_medium_keeps_blocks_in_host(tmp_path: Path, monkeypatch: pytest.
     ("tiers", "says"),
     [
         ("host=1MiB,hybrid=900TiB,cache=1MiB", "tiers.hybrid: 900 TiB asked for"),
-        ("host=1MiB,hybrid=900TiB,cache=800TiB", "tiers.cache: 800 TiB asked for, this machine has"),
+        ("host=1MiB,hybrid=900TiB,cache=800TiB", "tiers.host: 1 MiB beside cache=800 TiB asked for, this"),
         ("host=1MiB,hybrid=8MiB,profile=theirs", "no profile 'theirs'"),
         ("host=1MiB,hybrid=dax:/dev/dax7.7", "Name a /dev/daxX.Y"),
         ("host=1MiB,hybrid=numa:4000:1GiB", "NUMA node 4000 has no memory, or is not there"),
@@ -251,3 +251,13 @@ def test_a_device_that_cannot_be_had_is_told_in_a_sentence(tmp_path: Path, tiers
     with pytest.raises(CallerError, match=says):
         memory.open(tiers + where)
     assert threading.active_count() == before
+
+
+def test_host_and_the_devices_cache_must_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large arena gets its pages long after the start: then it is too late to say so."""
+    for module in ("arena", "emulated"):
+        monkeypatch.setattr(f"outrider.memory.tiers.{module}.available_bytes", lambda: 10 << 20)
+    for sizes in ("host=6MiB,hybrid=16MiB,cache=2MiB", "host=2MiB,hybrid=16MiB,cache=6MiB"):
+        memory.open(f"{sizes},path={tmp_path}").close()
+    with pytest.raises(CallerError, match=r"6 MiB beside cache=6 MiB asked for, .* Lower host=SIZE or cache=SIZE\."):
+        memory.open(f"host=6MiB,hybrid=16MiB,cache=6MiB,path={tmp_path}")

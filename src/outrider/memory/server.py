@@ -31,7 +31,7 @@ from outrider.memory.settings import Settings
 from outrider.memory.tiers.arena import Arena
 from outrider.memory.tiers.disk import HEADER_BYTES, Disk
 from outrider.memory.tiers.hybrid import HybridTier, open_device
-from outrider.memory.tiers.spec import Tiers, parse_tiers
+from outrider.memory.tiers.spec import Tiers, emulated, parse_tiers
 
 UNSENT_MAX_BYTES = 64 << 20  # a client that lets so many answers lie is cut off
 RECEIVE_BYTES = 1 << 18
@@ -120,7 +120,8 @@ class Server:
 
     def __init__(self, tiers: Tiers, journal: Path | None = None) -> None:
         host, *_ = Settings(tiers.host_bytes).topology().places
-        self.arena = Arena(host.capacity_bytes)
+        cache_bytes = tiers.hybrid.cache_bytes if tiers.hybrid and emulated(tiers.hybrid) else 0
+        self.arena = Arena(host.capacity_bytes, cache_bytes)
         self.disk: Disk | None = None
         self.hybrid: HybridTier | None = None
         try:

@@ -18,11 +18,14 @@ PREFAULT_BYTES = 256 << 20  # larger arenas get their pages at first touch: star
 class Arena:
     """`size_bytes` of shared memory; `fd` is what clients are sent."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, besides_bytes: int = 0) -> None:
+        """`besides_bytes` of memory will be taken by others: pages of a large arena are taken later than theirs."""
         free_bytes = available_bytes()
-        if size_bytes > free_bytes:
-            asked, free = show_bytes(size_bytes), show_bytes(free_bytes)
-            raise CallerError(f"tiers.host: {asked} asked for, this machine has {free} free. Lower host=SIZE.")
+        if size_bytes + besides_bytes > free_bytes:
+            asked, lower, free = show_bytes(size_bytes), "host=SIZE", show_bytes(free_bytes)
+            if besides_bytes:
+                asked, lower = f"{asked} beside cache={show_bytes(besides_bytes)}", "host=SIZE or cache=SIZE"
+            raise CallerError(f"tiers.host: {asked} asked for, this machine has {free} free. Lower {lower}.")
         self.size_bytes = size_bytes
         self.fd = os.memfd_create("outrider-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size_bytes)
