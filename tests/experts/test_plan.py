@@ -197,7 +197,8 @@ def test_laws_under_every_option(problem: dict[str, Any]) -> None:
         most = int((load[layer] + bias[layer])[np.setdiff1d(np.arange(ranks), excluded)].max())
         inside, union = step.proof_LE[layer].astype(bool), step.proof_LR[layer].astype(bool)
         carried = counts[layer].sum(axis=0)[inside].sum() + bias[layer][union].sum()
-        size = union.sum() - (len(excluded) if union.all() else 0)  # the whole group: of the ranks that may compute
+        size = union.sum()
+        assert not union[excluded].any()
         assert most <= 0 or -(-carried // size) >= most or carried == 0, "the certificate proves nothing"
         for e in np.flatnonzero(inside & (counts[layer].sum(axis=0) > 0)):
             on = {int(homes[layer, e]), *np.nonzero((step.replicas_LRS[layer] == e).any(axis=1))[0].tolist()}

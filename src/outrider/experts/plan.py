@@ -122,6 +122,7 @@ def plan(
         proof_LE,
         proof_LR,
     )
+    proof_LR[:, list(excluded)] = 0  # where all ranks are the certificate, those that may compute are meant
     counts_LRE = np.ascontiguousarray(counts_LRE, dtype=np.int64)
     rows: Any = np.empty((np.count_nonzero(counts_LRE) + 2 * len(shares), 5), dtype=np.int32)
     rows = rows[: quotas.fill(rows, counts_LRE, shares, nodes_R)]

@@ -173,7 +173,8 @@ def _fastest(way: Way, homes_LE: Array, cost: Cost) -> StepPlan:
     for homes in all_homes:
         whole = way.step(total_LRE, homes, None, nothing_HLE).replicas_LRS
         tried += [(way, homes, start, gain) for start in (None, whole) for gain in gains]
-    if not way.excluded and experts % ranks == 0:
+    even = all((np.bincount(homes_E, minlength=ranks) * ranks == experts).all() for homes_E in homes_LE)
+    if even and not way.excluded:
         tried.append((*_eplb_layout(way), FAR))
     ways = [one.walk(homes, start, gain) for one, homes, start, gain in tried]
     costs = [modelled(one, cost) for one in ways]
