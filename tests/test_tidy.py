@@ -62,7 +62,7 @@ IMPURE = {  # module that a pure file may not import: what to do instead
     "pathlib": "do it in a door",
     "uuid": "take the id as an argument",
 }
-THIRD_PARTY_IN_PURE = {"numpy", "numba", "msgspec", "xxhash", "outrider"}
+THIRD_PARTY_IN_PURE = {"numpy", "numba", "msgspec", "sortedcontainers", "xxhash", "outrider"}
 
 SYSTEMS = ("memory", "experts", "agents")
 LEVELS = {"errors": 0, "topology": 1, "wants": 2, "ledger": 3, "journal": 3, "metrics": 4, "settings": 4}
