@@ -383,9 +383,9 @@ class Memory(RuleBasedStateMachine):
             assert not block.joins and At.DRAFT not in block.state.values()
 
 
-def machine(tiers: Settings, examples: int) -> Any:
+def machine(tiers: Settings, examples: int, laws: type[Memory] = Memory) -> Any:
     """The same laws over other tiers."""
-    test: Any = type("Memory", (Memory,), {"settings": tiers}).TestCase
+    test: Any = type("Memory", (laws,), {"settings": tiers}).TestCase
     test.settings = hypothesis_settings(
         max_examples=examples, stateful_step_count=50, deadline=None, derandomize=True, database=None
     )
