@@ -1,5 +1,6 @@
 """The page in a real browser: no error, no request, no overflow, and a call's story by pointer, tap and key."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ async def test_it_opens_anywhere_without_error_request_or_overflow(page_url: str
             assert grounds[0] != grounds[1], "light and dark differ"
         assert page.said == []
         assert {url for url in page.asked if not url.startswith(("file:", "data:"))} == set()
+
+
+async def test_a_long_name_does_not_widen_a_phone(simulated: report.Run, tmp_path: Path) -> None:
+    report.write(tmp_path / "r.html", replace(simulated, title="AzureLLMInferenceTrace_conv.csv.xz" * 2))
+    async with tab() as page:
+        await page.open((tmp_path / "r.html").as_uri(), 390, touch=True)
+        assert await page.eval("document.documentElement.scrollWidth") == 390
 
 
 async def test_a_call_tells_its_story(page_url: str) -> None:

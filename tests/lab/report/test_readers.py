@@ -16,7 +16,7 @@ from outrider.agents.settings import GatewaySettings
 from outrider.errors import CallerError
 from outrider.journal import Journal
 from outrider.lab import levels, report
-from outrider.lab.report import calls, draw, loads, tiers, timeline, totals
+from outrider.lab.report import calls, draw, loads, strips, tiers, timeline, totals
 from outrider.memory.events import Event
 from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
@@ -191,6 +191,12 @@ def test_bins_lose_nothing(moves: list[tuple[float, int]]) -> None:
         total += gained
         levels.append((moment, total))
     assert sum(draw.binned(levels, 99.0, 7)) == pytest.approx(total)
+
+
+def test_what_moves_after_the_run_is_told_and_not_drawn_into_its_last_moment() -> None:
+    memory = tiers.Memory(moved={"disk->host": [(1.0, 10), (11.0, 30), (50.0, 1030)]})
+    strip = strips.moved(memory, "disk->host", 1.0, 10.0, draw.Scale(10.0), lambda size: f"{size:.0f} B")
+    assert strip.top.startswith("20 B in 0.083") and strip.top.endswith("; 1000 B after the last call's end")
 
 
 GOLDEN = ROOT / "tests" / "golden" / "memory_cancelled_and_wanted_again.jsonl"

@@ -9,6 +9,7 @@ import pytest
 
 from outrider import stack
 from outrider.errors import CallerError, LawBroken
+from outrider.lab.clock import Clock
 from outrider.lab.simulate import arm, callers, predict
 from outrider.lab.simulate.arm import Fleet
 from outrider.lab.traces.workload import Workload
@@ -17,6 +18,7 @@ from outrider.lab.twins.hook import MemoryHook
 from outrider.lab.twins.links import Lane
 from outrider.lab.twins.speed import Profile, Speed
 from outrider.memory.settings import Hybrid, Settings
+from outrider.topology import Link
 
 SPEED = Speed(0.02, 0.001, 0.005, 1e-7)
 PROFILE = Profile("test", SPEED, "made up", 1024, 4096, 256, 4, hop_s=0.001)
@@ -56,6 +58,23 @@ def test_every_call_ends_once_and_every_token_has_one_source(
     moved = {way for way, link in found["links"].items() if link["moved_bytes"]}
     assert moved >= {"host->engine-0", "engine-0->host", "host->engine-1", "engine-1->host", "host->disk"}
     assert moved & {"disk->host", "hybrid->host", "cache->host"}
+
+
+def test_a_link_is_busy_no_longer_than_the_run(make_reviews: Callable[..., Workload]) -> None:
+    """Memory goes on after the last answer: those bytes count, those seconds are not the run's."""
+    clock = Clock()
+    lane = Lane(Link("disk", "host", 100.0, slots=2), clock)
+    busy: list[float] = []
+    for size_bytes in (300, 100, 200):  # 3 s on one slot, 1 and then 2 s on the other
+        lane.send(size_bytes, lambda: None)
+    for at_s in (0.5, 2.0, 5.0):
+        clock.at(at_s, lambda: busy.append(lane.busy_s()))
+    clock.run()
+    assert busy == pytest.approx([1.0, 4.0, 6.0])
+    slow = replace(OUTRIDER, memory=Settings(1 << 20, 64 << 20, disk_write=1e5))
+    found = play(make_reviews(workflows=3), slow)
+    assert found["links"]["host->disk"]["moved_bytes"] / 1e5 > found["wall_s"], "it does go on"
+    assert 0.9 < found["links"]["host->disk"]["busy_share"] <= 1
 
 
 def test_a_tier_below_host_is_used_when_host_is_small(make_reviews: Callable[..., Workload]) -> None:

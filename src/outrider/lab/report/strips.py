@@ -89,9 +89,13 @@ def held(memory: Memory, place: str, zero_s: float, ends_s: float, x: Scale, siz
 
 
 def moved(memory: Memory, way: str, zero_s: float, ends_s: float, x: Scale, size: Callable[[float], str]) -> Strip:
-    """Bytes that went one way, slice by slice of the run."""
-    gained = binned(since(memory.moved[way], zero_s), ends_s, BINS) if ends_s > 0 else [0.0] * BINS
+    """Bytes that went one way, slice by slice of the run; what moved after its end is told, not drawn."""
+    levels = since(memory.moved[way], zero_s)
+    inside = [one for one in levels if one[0] <= ends_s]
+    gained = binned(inside, ends_s, BINS) if ends_s > 0 else [0.0] * BINS
     top = max(*gained, 1.0)
     slices = [(ends_s * i / BINS, value) for i, value in enumerate(gained)]
     says = f"{size(top)} in {ends_s / BINS:.2g}\N{NO-BREAK SPACE}s"
+    if after := (levels[-1][1] if levels else 0) - (inside[-1][1] if inside else 0):
+        says += f"; {size(after)} after the last call's end"
     return level(way.replace("->", " → "), "moved", slices, ends_s, x, top, says)

@@ -53,11 +53,15 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     clock = Clock()
     engines = _engines(clock, workload, fleet)
     hooks: list[MemoryHook] = []
+    lanes: list[Lane] = []
+    busy_s: list[float] = []  # of each lane when the last call ended: memory may go on after that
     memory = None
     if fleet.memory is not None:
         journal = Journal(directory / "memory.jsonl", "memory", fleet.memory) if directory else None
         memory = MemoryTwin(fleet.memory, clock, journal=journal, notes=directory is not None)
         hooks = _attach(engines, memory, workload, fleet)
+        lanes += [lane for hook in hooks for lane in (hook.to_engine, hook.to_host)]
+        lanes += memory.lanes.values()
     settings = GatewaySettings(
         engines=tuple(engines),
         policy=fleet.policy,
@@ -74,6 +78,7 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     def on_end(end: ev.Terminal, flight: Flight) -> None:
         if gateway.ended % CHECK_EVERY == 0:
             _check(engines, gateway)
+        busy_s[:] = [lane.busy_s() for lane in lanes]
         callers.on_end(end, flight)
 
     gateway = AgentsTwin(settings, clock, engines, on_end, on_want, journal, fleet.profile.hop_s)
@@ -84,17 +89,15 @@ def play(workload: Workload, fleet: Fleet, directory: Path | None, on_call: Call
     _check(engines, gateway)
     gateway.close()
     callers.close()
-    lanes = [lane for hook in hooks for lane in (hook.to_engine, hook.to_host)]
     if memory is not None:
         memory.close()
         memory.counted("engine->host", sum(hook.to_host.moved_bytes for hook in hooks))
         memory.counted("host->engine", sum(hook.to_engine.moved_bytes + hook.unread_bytes for hook in hooks))
-        lanes += memory.lanes.values()
         if memory.levels is not None and directory is not None:
             memory.levels.write(directory / "memory.jsonl")
     record = callers.record
     wall_s = max((answer.sent_s + answer.total_s for answer in record.answers), default=0.0)
-    return figures(record, workload, gateway, engines, memory, lanes, wall_s)
+    return figures(record, workload, gateway, engines, memory, dict(zip(lanes, busy_s, strict=True)), wall_s)
 
 
 def page_blocks(workload: Workload, profile: Profile, memory: MemorySettings) -> int:

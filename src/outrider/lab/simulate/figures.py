@@ -18,10 +18,14 @@ def figures(
     gateway: AgentsTwin,
     engines: Mapping[str, Engine],
     memory: MemoryTwin | None,
-    lanes: list[Lane],
+    busy_s: Mapping[Lane, float],
     wall_s: float,
 ) -> dict[str, Any]:
-    """Seconds are simulated; `wall_s` from the first workflow's start to the last answer."""
+    """Seconds are simulated; `wall_s` from the first workflow's start to the last answer.
+
+    busy_s  every link, and how long it was in use by then; the bytes are those of the whole simulation, which ends when
+            memory has nothing left to move
+    """
     answers = record.answers
     ttfts = [answer.ttft_s for answer in answers]
     returning = [answer.ttft_s for answer in answers if answer.returning]
@@ -68,7 +72,7 @@ def figures(
             "used_tokens": stats["used_tokens"],
         },
         "engines": {name: _engine(engine, wall_s) for name, engine in engines.items()},
-        "links": {"->".join(lane.way): _lane(lane, wall_s) for lane in lanes},
+        "links": {"->".join(lane.way): _lane(lane, used_s, wall_s) for lane, used_s in busy_s.items()},
         "bytes_moved": dict(memory.policy.tally.moved_bytes) if memory else {},
         "memory": memory.policy.stats() if memory else {},
     }
@@ -83,11 +87,11 @@ def _engine(engine: Engine, wall_s: float) -> dict[str, float]:
     }
 
 
-def _lane(lane: Lane, wall_s: float) -> dict[str, float]:
+def _lane(lane: Lane, used_s: float, wall_s: float) -> dict[str, float]:
     return {
         "moved_bytes": lane.moved_bytes,
         "bytes_per_s": lane.link.bandwidth,
-        "busy_share": lane.busy_s / wall_s / lane.link.slots if wall_s else 0.0,
+        "busy_share": used_s / wall_s / lane.link.slots if wall_s else 0.0,
     }
 
 

@@ -15,19 +15,23 @@ class Lane:
     def __init__(self, link: Link, clock: Clock) -> None:
         self.link, self.clock = link, clock
         self.moved_bytes = 0
-        self.busy_s = 0.0
+        self._booked_s = 0.0
         self._busy_until_s = [0.0] * link.slots
 
     @property
     def way(self) -> Way:
         return self.link.src, self.link.dst
 
+    def busy_s(self) -> float:
+        """Seconds of its slots in use up to now; what is booked beyond is one stretch a slot, from now on."""
+        return self._booked_s - sum(max(0.0, until_s - self.clock.now) for until_s in self._busy_until_s)
+
     def send(self, size_bytes: int, do: Callable[[], object]) -> None:
         """Carry so many bytes after those that were sent before, then `do`; the slot that frees first carries them."""
         slot = min(range(len(self._busy_until_s)), key=lambda i: (self._busy_until_s[i], i))
         hop_s = self.link.hop_s(size_bytes)
         self._busy_until_s[slot] = max(self.clock.now, self._busy_until_s[slot]) + hop_s
-        self.busy_s += hop_s
+        self._booked_s += hop_s
         self.moved_bytes += size_bytes
         self.clock.at(self._busy_until_s[slot], do)
 
