@@ -1,5 +1,6 @@
 """The connector under vLLM's real scheduler: every trap of the interface, and that no answer ever changes."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -158,8 +159,13 @@ def test_whoever_loaded_in_vain_does_not_ask_again(settings: Settings, memory: M
         settled(running)
 
 
-def test_no_server_at_the_start_costs_nothing_and_one_that_comes_is_found(smollm2: Path, tmp_path: Path) -> None:
-    late = Memory(tmp_path, "host=8MiB", start=False)
+def test_no_server_at_the_start_costs_nothing_and_one_that_comes_is_found(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, said = Memory(tmp_path, "host=8MiB", start=False), []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.outrider"), "warning", lambda text, *parts: said.append(text % tuple(map(str, parts)))
+    )
     with engine(config(smollm2, late.socket)) as running:
         assert running.ask(PROMPT) == (answer(PROMPT), 103)
         late.start()
@@ -173,6 +179,9 @@ def test_no_server_at_the_start_costs_nothing_and_one_that_comes_is_found(smollm
         assert running.ask(PROMPT) == (answer(PROMPT), 103 - WHOLE)
         assert running.counts["unanswered_calls"] > 0
     late.stop()
+    assert all(str(late.socket) in text for text in said)  # each half says once that it is away, and that it is back
+    assert sum("is away, its blocks are computed meanwhile: " in text for text in said) == 2
+    assert sum(text == f"Outrider's memory at {late.socket} is back." for text in said) == 2
 
 
 def test_a_server_that_dies_in_mid_load_costs_time_and_no_answer(settings: Settings, memory: Memory) -> None:

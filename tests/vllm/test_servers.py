@@ -35,7 +35,7 @@ from outrider.wants import Want
 BLOCK = 32  # tokens
 WORDS = 20  # generated an answer
 SOURCES = (textwrap, inspect.getfile, json.dumps, re.compile, urllib.request.urlopen, ThreadPoolExecutor.submit)
-START_S = 120.0
+START_S = 240.0
 
 
 def prompts() -> list[str]:

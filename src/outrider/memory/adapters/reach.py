@@ -15,14 +15,15 @@ from outrider.memory.store import Store
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.25, 4.0
-LOG = logging.getLogger("outrider.memory")
+LOG = logging.getLogger("vllm.outrider")  # under vLLM's name, so that vLLM's handlers show it
 
 
 class Reach:
-    """`connect` gives a Store or raises. `gone` counts the calls that memory did not answer."""
+    """`connect` gives a Store or raises; `where`, for people. `gone` counts the calls that memory did not answer."""
 
-    def __init__(self, connect: Callable[[], Store], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, connect: Callable[[], Store], where: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.gone = 0
+        self._where = where
         self._connect, self._clock = connect, clock
         self._store: Store | None = None
         self._lock = threading.Lock()  # never held for longer than a moment: the engine's thread takes it too
@@ -42,7 +43,7 @@ class Reach:
         except StoreGone as error:
             self._rest(str(error))
         except (OutriderError, OSError) as error:
-            LOG.warning("memory refused: %s", error)
+            LOG.warning("Outrider's memory refused: %s", error)
         else:
             self._back()
             return result
@@ -80,12 +81,12 @@ class Reach:
             self._rest_until_s = self._clock() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LAST_PAUSE_S)
             if not self._lost:
-                LOG.warning("memory is away, blocks are computed meanwhile: %s", why)
+                LOG.warning("Outrider's memory at %s is away, its blocks are computed meanwhile: %s", self._where, why)
             self._lost = True
 
     def _back(self) -> None:
         with self._lock:
             self._pause_s = FIRST_PAUSE_S
             if self._lost:
-                LOG.warning("memory is back.")
+                LOG.warning("Outrider's memory at %s is back.", self._where)
             self._lost = False

@@ -93,7 +93,7 @@ class OutriderConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._results = Results()
         self._renewed = 0
         half = "scheduler" if role == KVConnectorRole.SCHEDULER else "worker"
-        self._reach = Reach(dial(self._settings.socket, half))
+        self._reach = Reach(dial(self._settings.socket, half), self._settings.socket)
         if role == KVConnectorRole.SCHEDULER:
             cache = vllm_config.cache_config
             self._asking = Asking(
