@@ -10,6 +10,8 @@ SLOW = (
     "agents/test_embedded_engine.py",
     "agents/test_faults.py",
     "e2e",
+    "experts/test_balanced.py",
+    "experts/test_bitwise.py",
     "experts/test_real_routing.py",
     "experts/test_spread.py",
     "lab",

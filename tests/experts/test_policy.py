@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from outrider.errors import CallerError
 from outrider.experts import Policy, Settings
-from outrider.experts.events import Began, Fetch, Finished, Foreseen, Ran, Release, ReturnGradients, Tally, Use
+from outrider.experts.events import (
+    Began,
+    Fetch,
+    Finished,
+    Foreseen,
+    Gated,
+    Ran,
+    Release,
+    ReturnGradients,
+    Tally,
+    Use,
+    UseLayer,
+)
 from outrider.journal import array_digest
 
 SHAPE = Settings(layers=2, experts=8, ranks=3, slots=2)
@@ -103,6 +115,29 @@ def test_what_nobody_foresaw_is_tallied() -> None:
     assert policy.handle(Ran(0, seen, np.zeros((2, 3), int)), 0) == [Tally(unforeseen=3, absent=2)]
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_without_foresight_each_layer_keeps_the_same_laws(seed: int, batches: int) -> None:
+    rng = np.random.default_rng(seed)
+    policy, shadow = Policy(SHAPE), Shadow()
+    for now in range(batches):
+        stage = "update" if rng.random() < 0.7 else "recompute"
+        for layer in range(2):
+            counts = rng.poisson(rng.pareto(0.8, (1, 8)).clip(max=50) * 4, (3, 8)).astype(np.int64)
+            *before, use = policy.handle(Gated(stage, layer, counts), now)
+            assert isinstance(use, UseLayer)
+            assert all((command.rows[:, 0] == layer).all() for command in before), "another layer's slots were touched"
+            assert (use.quotas[:, 0] == layer).all()
+            sums = np.zeros((3, 8), dtype=np.int64)
+            np.add.at(sums, (use.quotas[:, 2], use.quotas[:, 1]), use.quotas[:, 4])
+            assert (sums == counts).all()
+            whole = shadow.slots.copy()
+            whole[layer] = use.replicas_RS
+            shadow.apply([*before, Use(whole, use.quotas, np.array([use.most]))], stage)
+    shadow.apply(policy.handle(Finished(), batches), "update")
+    assert not shadow.owed
+
+
 def test_equal_events_give_equal_commands_byte_for_byte() -> None:
     rng = np.random.default_rng(5)
     counts = rng.poisson(rng.pareto(0.8, (4, 2, 1, 8)).clip(max=50) * 4, (4, 2, 3, 8)).astype(np.int64)
@@ -125,6 +160,9 @@ def test_misuse_is_the_callers_fault() -> None:
     policy.handle(Foreseen(np.zeros((1, 2, 3, 8), int)), 0)
     with pytest.raises(CallerError, match="micro-batch 1: 1 were foreseen"):
         policy.handle(Began("update", 1), 0)
+    for layer, shape in ((2, (3, 8)), (0, (3, 9))):
+        with pytest.raises(CallerError, match="give a layer of the model"):
+            policy.handle(Gated("update", layer, np.zeros(shape, int)), 0)
     policy.handle(Finished(), 0)
     with pytest.raises(CallerError, match="micro-batch 0"):  # a step's table ends with it
         policy.handle(Began("update", 0), 1)

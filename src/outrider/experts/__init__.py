@@ -11,8 +11,11 @@
         replicas, home = step.replicas_LRS, counts.sum(1).reshape(2, 8).sum(1)
         print(f"max/mean {home.max() / home.mean():.3f} -> {step.most_L[0] / home.mean():.3f}, {len(step.moves)} moved")
 
-This much needs numpy, and numba from the first call on. Carrying plans out on a torch model: `layer.py`, `move.py`.
+This much needs numpy, and numba from the first call on. Carrying plans out on a torch model takes one call:
+`outrider.experts.balance(model)`, see `balanced.py`.
 """
+
+from typing import Any
 
 from outrider.experts.eplb import rebalance_experts
 from outrider.experts.foresee import counts, foresee
@@ -27,6 +30,7 @@ __all__ = [
     "Routing",
     "Settings",
     "Split",
+    "balance",
     "contiguous_homes",
     "counts",
     "foresee",
@@ -34,3 +38,11 @@ __all__ = [
     "rebalance_experts",
     "split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "balance":
+        from outrider.experts.balanced import balance  # needs torch, which the rest does without
+
+        return balance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

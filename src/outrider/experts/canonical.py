@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from outrider.errors import LawBroken
 
-CHUNK = 64  # tokens whose outer products are held at once; a power of two, so that chunks are subtrees
+CHUNK = 64  # tokens that the router sees at once; a multiple of what vector loops take
 
 Key = tuple[int, int, int]  # backward pass, level, place: leaves [place << level, (place + 1) << level)
 
@@ -115,15 +115,19 @@ class Sums:
         self.leaves_of, self.nodes, self._sum = [], {}, {}
 
 
-class ExactLinear(TorchFunctionMode):
+class ExactRouter(TorchFunctionMode):
     """While it is entered, products with the router's weight are exact, and its gradient goes to `sums` (owner 0).
 
-    first, tokens  this rank's first token in canonical order, and how many all ranks have
+    Made for one pass; `rows` are those of this call, CHUNK of them, of which the first `real` are no padding and start
+    at token `first` of `tokens` over all ranks. The fixed shape keeps exponentials off the scalar ends of vector loops.
     """
 
-    def __init__(self, shape: torch.Size, sums: Sums | None, first: int, tokens: int) -> None:
+    def __init__(self, weight: Tensor, sums: Sums, tokens: int) -> None:
         super().__init__()
-        self.shape, self.sums, self.first, self.tokens = shape, sums, first, tokens
+        self.shape, self.dtype, self.learns = weight.shape, wide(weight[:0]).dtype, weight.requires_grad
+        self.sums, self.tokens = sums, tokens
+        self.first = self.real = 0
+        self.serial: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,22 +138,20 @@ class ExactLinear(TorchFunctionMode):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, mode: ExactLinear) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, router: ExactRouter) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.mode = mode
+        ctx.router, ctx.first, ctx.real = router, router.first, router.real
         return product(rows, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         rows, weight = ctx.saved_tensors
-        mode, gradient = ctx.mode, gradients[0]
-        if mode.sums is not None:
-            serial, at, last = mode.sums.begin([mode.tokens]), mode.first, mode.first + len(rows)
-            while at < last:
-                end = min(last, (at // CHUNK + 1) * CHUNK)
-                some = slice(at - mode.first, end - mode.first)
-                mode.sums.add_run(0, serial, at, wide(gradient[some])[:, :, None] * wide(rows[some])[:, None, :])
-                at = end
+        router, gradient = ctx.router, gradients[0]
+        if router.learns:
+            if router.serial is None:
+                router.serial = router.sums.begin([router.tokens])
+            left, right = gradient[: ctx.real, :, None].to(router.dtype), rows[: ctx.real, None, :].to(router.dtype)
+            router.sums.add_run(0, router.serial, ctx.first, left * right)
         return product(gradient, weight.T), None, None
 
 

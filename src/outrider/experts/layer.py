@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from outrider.errors import CallerError
 from outrider.experts.bank import Bank, Blocks, Weights
-from outrider.experts.canonical import Combine, Dispatch, ExactLinear, Sums
+from outrider.experts.canonical import CHUNK, Combine, Dispatch, ExactRouter, Sums
 from outrider.experts.events import Array
 
 
@@ -63,7 +63,8 @@ class SpreadBlock(nn.Module):
         everything = hidden_states.reshape(-1, hidden_states.shape[-1])
         real = torch.arange(len(everything)) if self.real is None else self.real.nonzero().view(-1)
         tokens, exact = everything[real], self.experts.block_rows > 0
-        chosen, weights = self._route(tokens, None if self.routes is None else self.routes[real])
+        route = self._route_exactly if exact else self._route
+        chosen, weights = route(tokens, None if self.routes is None else self.routes[real])
         top_k, count_E = chosen.shape[1], torch.bincount(chosen.reshape(-1), minlength=len(self.homes))
         if torch._C._current_graph_task_id() == -1:  # not when activations are computed again, inside a backward pass
             self.seen_E += count_E
@@ -91,19 +92,31 @@ class SpreadBlock(nn.Module):
 
     def _route(self, tokens: Tensor, routes: Tensor | None) -> Weights:
         """Expert ids [T, top_k] and their weights, from the live probabilities (router gradients stay whole)."""
-        if self.experts.block_rows:
-            tokens_R = self._gathered(torch.tensor([len(tokens)]))
-            first = int(tokens_R[: self.group.rank()].sum())
-            learns = self.router_sums if self.gate.weight.requires_grad else None
-            with ExactLinear(self.gate.weight.shape, learns, first, int(tokens_R.sum())):  # type: ignore[arg-type]
-                logits, weights, chosen = self.gate(tokens)
-        else:
-            logits, weights, chosen = self.gate(tokens)
+        logits, weights, chosen = self.gate(tokens)
         if routes is None:
             return chosen, weights
         recorded = (routes >= 0).all(dim=1, keepdim=True)
         chosen = torch.where(recorded, routes.to(chosen.dtype), chosen)
         return chosen, weights_of(self.gate, logits, chosen).to(weights.dtype)
+
+    def _route_exactly(self, tokens: Tensor, routes: Tensor | None) -> Weights:
+        """As `_route`, in pieces of CHUNK tokens, the last one padded, so that a row's bits are its own."""
+        tokens_R = self._gathered(torch.tensor([len(tokens)]))
+        first, weight = int(tokens_R[: self.group.rank()].sum()), self.gate.weight
+        assert isinstance(weight, Tensor)
+        router = ExactRouter(weight, self.router_sums, int(tokens_R.sum()))
+        parts = []
+        for begin in range(0, max(1, len(tokens)), CHUNK):
+            some = tokens[begin : begin + CHUNK]
+            router.first, router.real = first + begin, len(some)
+            rest = some.new_zeros((CHUNK - len(some), some.shape[1]))
+            ids = None if routes is None else routes[begin : begin + CHUNK]
+            if ids is not None:
+                ids = torch.cat([ids, ids.new_full((CHUNK - len(ids), ids.shape[1]), -1)])
+            with router:
+                parts.append([out[: len(some)] for out in self._route(torch.cat([some, rest]), ids)])
+        chosen, weights = (torch.cat(list(out)) for out in zip(*parts, strict=True))
+        return chosen, weights
 
     def _gathered(self, mine: Tensor) -> Tensor:
         everyone = [torch.empty_like(mine) for _ in range(self.group.size())]

@@ -108,9 +108,7 @@ class Policy:
         """Plan one layer of this micro-step from what its gate has just decided."""
         want = (self.settings.ranks, self.settings.experts)
         if counts_RE.shape != want or not 0 <= layer < self.settings.layers:
-            raise CallerError(
-                f"layer {layer}, counts {counts_RE.shape}: give layers from 0 and counts of shape {want}."
-            )
+            raise CallerError(f"layer {layer}, counts {counts_RE.shape}: give a layer of the model, counts {want}.")
         before_LRS = self.replicas_LRS[layer : layer + 1]
         step = plan(counts_RE[None], self.settings.slots, self.homes_E, before_LRS)
         commands: list[Command] = []
