@@ -7,8 +7,8 @@ planning  128 experts, 32 ranks, 2 spare slots, top-8, 8 sequences of 2,048 toke
           nodes of 8; the regimes of outrider.lab.experts_load. Token counts by source in; copies, exact split by
           source, certificate and recount out. Microseconds a layer and micro-step, one core, medians over micro-steps
           and rounds; rounds alternate between planners. Beside it on the same loads: DeepSeek's program itself, if its
-          file is named (see bench/experts_eplb.py), vLLM's numpy EPLB where .venv-vllm has it, and our own compiled
-          drop-in of EPLB; they place, and split evenly for nothing. over_bound: largest rank load / ceil(mean).
+          file is named, and our own compiled drop-in of EPLB (bench/experts_eplb.py has vLLM's too); they place, and
+          split evenly for nothing. over_bound: largest rank load / ceil(mean).
           copies: (expert, rank) pairs absent one micro-step before. Linear in layers: the same at 8 to 64 layers.
 study     64 ranks in nodes of 8, specialised, objective `time`: seconds of the cost model, nothing is measured.
           speedup: static / planned; of_even: an even gate / planned. A base case, and one assumption changed at a time.
@@ -35,9 +35,9 @@ from outrider.lab.experts_load import REGIMES, synthetic
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "bench/results/experts_plan.json"
-EXPERTS, RANKS, SLOTS, LAYERS, STEPS, ROUNDS = 128, 32, 2, 16, 8, 3
+EXPERTS, RANKS, SLOTS, LAYERS, STEPS, ROUNDS = 128, 32, 2, 16, 8, 2
 COPIES = EXPERTS + RANKS * SLOTS
-SEEDS, STUDY_STEPS, STUDY_LAYERS = range(5), 12, 2
+SEEDS, STUDY_STEPS, STUDY_LAYERS = range(5), 6, 2
 BASE = Cost(LINKS["nvlink"], SHAPES["qwen3-30b-a3b"])
 
 
@@ -67,7 +67,7 @@ def held(place: Any) -> Any:
     return on
 
 
-def planning(deepseek: Path | None, vllm: Path) -> dict[str, Any]:
+def planning(deepseek: Path | None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for regime in REGIMES:
         counts = synthetic(regime, RANKS, 0, layers=LAYERS, micro_steps=STEPS)
@@ -91,8 +91,6 @@ def planning(deepseek: Path | None, vllm: Path) -> dict[str, Any]:
                     placed.setdefault("EPLB, drop-in", []).append(place)
                 if deepseek:
                     took["EPLB, DeepSeek's"], placed["EPLB, DeepSeek's"] = peer(sys.executable, str(deepseek), loads)
-                if vllm.exists():
-                    took["EPLB, vLLM's"], placed["EPLB, vLLM's"] = peer(str(vllm), "vllm", loads)
                 if turn:
                     for name, some in took.items():
                         seconds.setdefault(name, []).extend(some)
@@ -156,7 +154,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", choices=["planning", "study", "both"], default="both")
     parser.add_argument("--deepseek", type=Path, help="eplb.py of a clone of deepseek-ai/EPLB")
-    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm/bin/python", help="a Python that has vLLM")
     options = parser.parse_args()
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result |= {
@@ -164,7 +161,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
     }
     if options.part != "study":
-        result["planning"] = planning(options.deepseek, options.vllm)
+        result["planning"] = planning(options.deepseek)
     if options.part != "planning":
         result["study, modelled: 64 ranks in nodes of 8, seeds 0-4"] = study()
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
