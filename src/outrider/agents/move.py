@@ -37,7 +37,7 @@ from outrider.agents.events import (
     Wake,
     Woke,
 )
-from outrider.agents.policy import Policy
+from outrider.agents.policy import RETRYABLE, Policy
 from outrider.agents.settings import GatewaySettings
 from outrider.agents.story import Stories
 from outrider.journal import Journal
@@ -48,7 +48,6 @@ HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection")
 ).union(("te", "trailer", "transfer-encoding", "upgrade"))
 NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "expect", "x-request-id"}
-DYING = frozenset((500, 502, 503, 504))
 
 
 class ClientGone(Exception):
@@ -219,7 +218,7 @@ class Mover:
             if not seen:
                 seen = True
                 limit.reschedule(deadline_s)
-                if upstream.status not in DYING:
+                if upstream.status not in RETRYABLE:
                     self.feed(FirstByte(dispatch.call, dispatch.attempt))
             ready = answer.push(chunk)
             if answer.streamed or flight.response is not None:
@@ -233,7 +232,7 @@ class Mover:
         closed_early = not answer.complete() and plain and not delimited(upstream)
         if closed_early:
             raise aiohttp.ClientPayloadError("the connection closed before the answer was complete")
-        if upstream.status in DYING and flight.response is None:
+        if upstream.status in RETRYABLE and flight.response is None:
             flight.refusal = self._whole(flight, upstream, b"".join(held))
             return Failed(dispatch.call, dispatch.attempt, "status", f"status {upstream.status}", False)
         if answer.streamed:

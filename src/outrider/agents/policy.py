@@ -48,6 +48,10 @@ from outrider.agents.tally import Tally
 from outrider.agents.workflows import Workflow, Workflows
 from outrider.errors import LawBroken
 
+RETRYABLE = frozenset(
+    (500, 502, 503, 504)
+)  # an answer with one of these may be tried elsewhere: its bytes are held back
+
 
 class Policy:
     """State of the gateway. Only `handle` decides the flow; the other methods change one thing each."""
