@@ -12,6 +12,7 @@ SLOW = (
     "e2e",
     "experts/test_balanced.py",
     "experts/test_bitwise.py",
+    "experts/test_liveness.py",
     "experts/test_real_routing.py",
     "experts/test_spread.py",
     "lab",

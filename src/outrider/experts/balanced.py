@@ -15,6 +15,7 @@ Gradients are sums over ranks, so a loss is divided by the tokens of all ranks, 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from outrider.experts.plan import contiguous_homes
 from outrider.experts.policy import Policy, Settings
 
 BLOCK_ROWS = 32  # token-slots of a block in bitwise mode
+TIMEOUT_S = 600.0
 
 
 class Balanced:
@@ -135,13 +137,15 @@ def balance(
     bitwise: bool = False,
     block_rows: int = BLOCK_ROWS,
     journal: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Balanced:
     """Spread the experts of `model`, which must be equal on all ranks, over `group`, and balance every micro-step.
 
-    group       ranks that exchange tokens; None: all. Tokens only: weights get a group of their own
+    group       the ranks; None: all. Tokens and weights get a group each, so that nothing else comes between
     slots       copies that a rank may hold in each layer; 0: nothing is balanced
     bitwise     same bits for every plan and number of ranks in experts, routers and their inputs; slower
     block_rows  bitwise mode: token-slots of a block, to be the same in runs that are compared
+    timeout_s   of each exchange: a rank that died or keeps silent is a WorldError on all others after so long at most
     Raises CallerError for a model without fused experts, and for one whose blocks have parts that cannot be spread.
     """
     group = group or dist.group.WORLD
@@ -150,11 +154,13 @@ def balance(
     if slots < 0 or block_rows < 1:
         raise CallerError(f"balance: slots {slots}, block_rows {block_rows}. Give 0 or more, and 1 or more.")
     experts = _experts_of(model)
-    blocks = spread(model, contiguous_homes(experts, group.size()), group, block_rows if bitwise else 0)
+    ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=timeout_s)
+    tokens_group: Any = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
+    weights_group: Any = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
+    blocks = spread(model, contiguous_homes(experts, len(ranks)), tokens_group, block_rows if bitwise else 0)
     name_of = {id(module): name for name, module in model.named_modules()}
     names = [name_of[id(block)] for block in blocks]
-    weights_group: Any = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    policy = Policy(Settings(layers=len(blocks), experts=experts, ranks=group.size(), slots=slots))
+    policy = Policy(Settings(layers=len(blocks), experts=experts, ranks=len(ranks), slots=slots))
     return Balanced(model, blocks, Mover(policy, blocks, weights_group, journal), names)
 
 

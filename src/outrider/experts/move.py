@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from outrider.errors import LawBroken
+from outrider.errors import LawBroken, WorldError
 from outrider.experts.canonical import Key
 from outrider.experts.events import (
     Array,
@@ -42,7 +42,23 @@ from outrider.experts.layer import SpreadBlock
 from outrider.experts.policy import Policy
 from outrider.journal import Journal, array_digest
 
+KIND = 16  # bytes for an event's name
 Part = tuple[int, int, int, Key, Tensor]  # destination, layer, owner, place in the sum, value
+
+
+@contextmanager
+def watched(doing: str) -> Iterator[None]:
+    """What gloo says of a rank that died or kept silent for the group's time-out becomes a WorldError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        reason = str(error).split("] ", 1)[-1].split(". ")[0]
+        raise WorldError(
+            f"experts: lost another rank while {doing}: {reason}. No weight was changed in this step."
+            " Look at the rank that ended first, and start all again from the last checkpoint."
+        ) from error
 
 
 class Mover:
@@ -82,7 +98,8 @@ class Mover:
         """Forward (and, in the update stage, backward) of one micro-batch goes inside."""
         self._tell(Began(stage, batch))
         self._reset()
-        yield
+        with watched(f"micro-step {self.now}"):
+            yield
         seen_LRE = self._gather_load()
         self._tell(Ran(batch, seen_LRE, self.computed_MLR[-1]))
         self.now += 1
@@ -95,7 +112,8 @@ class Mover:
             block.asked = False
             block.ask = lambda counts_RE, layer=layer: self._tell(Gated(stage, layer, counts_RE))
         try:
-            yield
+            with watched(f"micro-step {self.now}"):
+                yield
         finally:
             for block in self.blocks:
                 block.ask = None
@@ -110,7 +128,8 @@ class Mover:
     def _gather_load(self) -> Array:
         mine = torch.stack([torch.cat([b.seen_E, torch.tensor([b.experts.computed])]) for b in self.blocks])
         gathered = [torch.empty_like(mine) for _ in range(self.group.size())]
-        dist.all_gather(gathered, mine, group=self.group)
+        with watched("counting what was computed"):
+            dist.all_gather(gathered, mine, group=self.group)
         seen_LRE = torch.stack(gathered, dim=1).numpy()
         self.computed_MLR.append(seen_LRE[:, :, -1].copy())
         seen: Array = seen_LRE[:, :, :-1].copy()
@@ -128,19 +147,27 @@ class Mover:
         commands = self.policy.handle(event, self.now)
         if self.journal is not None:
             self.journal.write(self.now, event, commands)
-        self._agree(commands)
+        self._agree(event, commands)
         for command in commands:
-            self._carry_out(command)
+            with watched(f"carrying out {type(command).__name__}"):
+                self._carry_out(command)
 
-    def _agree(self, commands: Sequence[Command]) -> None:
-        """Law 7, checked on every event: the commands are the same on all ranks."""
-        digest = blake2b(self._encoder.encode(commands), digest_size=16).digest()
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        all_digests = [torch.empty_like(mine) for _ in range(self.group.size())]
-        dist.all_gather(all_digests, mine, group=self.group)
-        for rank, other in enumerate(all_digests):
+    def _agree(self, event: Event, commands: Sequence[Command]) -> None:
+        """Law 7, checked on every event: all ranks were told the same and concluded the same, before a byte moves."""
+        said = self._encoder.encode((self.now, event, commands))
+        kind = type(event).__name__.encode().ljust(KIND)
+        mine = torch.frombuffer(bytearray(kind + blake2b(said, digest_size=16).digest()), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        with watched("agreeing on a plan"):
+            dist.all_gather(everyone, mine, group=self.group)
+        for rank, other in enumerate(everyone):
             if not torch.equal(other, mine):
-                raise LawBroken(7, f"ranks {self.rank} and {rank} reached different commands in micro-step {self.now}")
+                theirs = bytes(other[:KIND].tolist()).decode().strip()
+                raise LawBroken(
+                    7,
+                    f"in micro-step {self.now} rank {self.rank} is at {type(event).__name__}, rank {rank} at {theirs},"
+                    " with other tables, micro-batches or plans. Give every rank the same step, and start all again",
+                )
 
     def _carry_out(self, command: Command) -> None:
         match command:
