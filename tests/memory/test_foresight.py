@@ -168,30 +168,3 @@ def test_a_copy_that_nobody_wants_any_more_gives_its_room_back_when_it_ends() ->
     policy.handle(ev.Copied((load.copies[0].number,)), 21.4)
     assert policy.residency.state(A, "host") is At.ABSENT and policy.residency.state(A, "disk") is At.HERE
     assert policy.residency.ledger.used_bytes["host"] == used_bytes - 8
-
-
-def test_a_lifted_block_that_left_unused_waits_for_half_of_its_time_or_another_want() -> None:
-    """Else it would be lifted at every event and leave again for what is written: bytes moved for nobody."""
-    policy = Policy(SMALL)
-    write(policy, (A,), 10.0, 1)
-    policy.handle(ev.Remembered("p", (A,)), 10.0)
-    write(policy, (C, D, E, F), 20.0, 3)
-    commands = policy.handle(ev.Wanted(Want("p", "host", by_s=120.0, saved_s=30.0)), 20.0)
-    assert [c.copies[0].item for c in settle(policy, commands, 20.0) if isinstance(c, ev.Load)] == [A]
-    policy.handle(ev.Leased(2, 1, (E, F, C), 21.0), 20.0)  # D left for A; the others are held now
-    policy.handle(ev.Prepared(1, 5, (G,), 8), 20.0)
-    assert in_host(policy, A) == [False] and policy.tally.wasted_bytes == 8
-    policy.handle(ev.Abandoned(1, 6, (G,)), 20.0)  # room again
-    for now in (21.0, 40.0, 69.0):
-        assert not any(isinstance(c, ev.Load) for c in policy.handle(ev.Woke(), now))
-    assert any(isinstance(c, ev.Load) for c in policy.handle(ev.Woke(), 70.0)), "its worth has doubled"
-    again = Policy(SMALL)
-    write(again, (A,), 10.0, 1)
-    again.handle(ev.Remembered("p", (A,)), 10.0)
-    write(again, (C, D, E, F), 20.0, 3)
-    settle(again, again.handle(ev.Wanted(Want("p", "host", by_s=120.0, saved_s=30.0)), 20.0), 20.0)
-    again.handle(ev.Leased(2, 1, (E, F, C), 21.0), 20.0)
-    again.handle(ev.Prepared(1, 5, (G,), 8), 20.0)
-    again.handle(ev.Abandoned(1, 6, (G,)), 20.0)
-    commands = again.handle(ev.Wanted(Want("p", "host", by_s=110.0, saved_s=30.0)), 21.0)
-    assert any(isinstance(c, ev.Load) for c in commands), "somebody says it anew"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant
-from test_policy_laws import BOTH, DISK, HYBRID, ITEMS, Memory, machine
+from test_policy_laws import BOTH, DISK, HYBRID, Memory, machine
 
 from outrider.memory import events as ev
 from outrider.memory import foresee
@@ -73,8 +73,7 @@ class Watched(Memory):
         """Wanted, not in host nor on its way there, and readable below; the soonest first."""
         residency, paths, missing = self.policy.residency, self.policy.paths, self.policy.told.missing
         absent = [block for block in residency.blocks.values() if block.state["host"] == "absent"]
-        put_off = self.policy.told.put_off
-        wanted = [b.item for b in absent if b.item in paths.told and residency.source(b) and not put_off(b.item)]
+        wanted = [b.item for b in absent if b.item in paths.told and residency.source(b)]
         places = [(w.by_s, -w.saved_s, w.item, at, item) for item in wanted for w, at in paths.wants_of(item)]
         assert len(missing) == len(wanted)
         stand = sorted(entry for lane in missing.lanes() for entry in walk(missing, lane))
@@ -91,7 +90,6 @@ class Watched(Memory):
             early_s = foresee.EARLY_FACTOR * len(told.missing) * lane[1] / self.settings.read_rate(source_of(lane))
             for by_s, *_ in walk(told.missing, lane):
                 moments += [by_s, by_s - early_s] + [by_s - early_s - foresee.SLACK_S] * (lane[0] != "disk")
-        moments += [again_s for item in ITEMS if (again_s := told.put_off(item))]
         later = [at_s for at_s in moments if at_s > self.now + 1e-6]
         kept = [at_s for at_s in told.moments(self.now) if at_s > self.now + 1e-6]
         assert math.isclose(min(later, default=0.0), min(kept, default=0.0), abs_tol=1e-6)

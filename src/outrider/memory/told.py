@@ -6,9 +6,6 @@ only: what is to be lifted, as soon as there is time and room; `file` keeps it a
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-from sortedcontainers import SortedList
 
 from outrider.memory import foresee
 from outrider.memory.lifts import Lane, Lifts
@@ -18,22 +15,12 @@ from outrider.memory.settings import Settings
 from outrider.wants import Want
 
 
-@dataclass(slots=True)
-class Spoilt:
-    """A block that was lifted for these wants in vain, and is put off until `again_s`."""
-
-    wants: tuple[Want, ...]
-    again_s: float
-
-
 class Told:
     """Wants applied to residency."""
 
     def __init__(self, settings: Settings, residency: Residency, paths: Paths) -> None:
         self._settings, self._residency, self._paths = settings, residency, paths
         self.missing = Lifts()
-        self._spoilt: dict[str, Spoilt] = {}
-        self._again = SortedList()  # (moment, block) of those
 
     def want(self, want: Want, now: float) -> None:
         """Put a want in place of the older one of its item; one worth nothing is a withdrawal."""
@@ -88,45 +75,10 @@ class Told:
         """Something about this block changed: is it missing, and in which lane?"""
         block = self._residency.blocks.get(item)
         lane = self._lane(block) if block is not None and item in self._paths.told else None
-        if item in self._spoilt:
-            if lane is None or lane[0] != "disk" or self._spoilt[item].wants != self._wants(item):
-                self._forgive(item)
-            else:
-                lane = None
         if lane is None:
             self.missing.drop(item)
         else:
             self.missing.put(item, lane, self._paths.wants_of(item))
-
-    def spoil(self, block: Block, now: float) -> None:
-        """It came from disk for a want and left host before anyone leased it: others were worth more.
-
-        Lifted again at once it would go the same way, and take another's place meanwhile. It is put off until its wants
-        change or half of the time to the next is over, which doubles its worth.
-        """
-        wants = self._wants(block.item)
-        halves = [now + (want.by_s - now) / 2 for want in wants if want.by_s - now > 2 * foresee.FLOOR_S]
-        self._forgive(block.item)
-        if wants:
-            self._spoilt[block.item] = Spoilt(wants, min(halves, default=math.inf))
-            self._again.add((self._spoilt[block.item].again_s, block.item))
-            self._residency.mark(block)
-
-    def forgive(self, now: float) -> None:
-        """Those that were put off until now."""
-        while self._again and self._again[0][0] <= now:
-            _, item = self._again[0]
-            self._forgive(item)
-            self.file(item)
-
-    def put_off(self, item: str) -> float | None:
-        """Until when; None where it is not."""
-        return self._spoilt[item].again_s if item in self._spoilt else None
-
-    def _forgive(self, item: str) -> None:
-        spoilt = self._spoilt.pop(item, None)
-        if spoilt is not None:
-            self._again.remove((spoilt.again_s, item))
 
     def due_s(self, by_s: float, lane: Lane) -> float:
         """From when on a wanted block of this lane should be on its way to host.
@@ -140,7 +92,6 @@ class Told:
     def moments(self, now: float) -> list[float]:
         """When wants must next be looked at by themselves: latest starts and deadlines of lifts, ends of patience."""
         moments = [self._paths.deadlines[0][0] + self._settings.patience_s] if self._paths.deadlines else []
-        moments += [self._again[0][0]] if self._again else []
         for lane in self.missing.lanes():
             copy_s = self._copy_s(lane)
             start_s = foresee.latest_start_s(0.0, copy_s)
@@ -150,9 +101,6 @@ class Told:
                     by_s = self.missing.next_by_s(lane, by_s)
                 moments.append(by_s + before_s)
         return [at_s for at_s in moments if at_s < math.inf]
-
-    def _wants(self, item: str) -> tuple[Want, ...]:
-        return tuple(want for want, _ in self._paths.wants_of(item))
 
     def _lane(self, block: Block) -> Lane | None:
         source = self._residency.source(block) if block.state["host"] is At.ABSENT else None

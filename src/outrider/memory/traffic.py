@@ -105,7 +105,6 @@ class Traffic:
     def load(self) -> None:
         """Bring to host what leases wait for, then what wants can have in time and find room for, or near it."""
         self._settle()
-        self.told.forgive(self._now)
         loads: dict[str, list[ev.Copy]] = {}
         for lease in self._demands.hungry():
             for item in list(lease.unsent):
@@ -321,14 +320,13 @@ class Traffic:
         if place == "disk":
             self._out.append(ev.Erase((item,)))
             self._lost(block)
+        elif place == "host":
+            self._count_waste(block)
         for dst, dirty in self.dirty.items():
             if self._origin(block, dst) is None:
                 dirty.drop(item)
         if place == "host":
             self._fresh[item] = None
-            if block.lifted and block.state.get("hybrid") is not At.HERE:
-                self.told.spoil(block, self._now)
-            self._count_waste(block)
         if self._residency.lies(block, self._residency.places) is None:
             self._lost(block)
 
