@@ -182,6 +182,22 @@ def test_a_groups_level_is_never_above_the_one_it_stands_at(
             assert worths[item] == min(worths.values())
 
 
+def test_a_block_of_two_wants_stays_for_the_better_one_though_the_other_is_overdue() -> None:
+    shared, alone, new = (f"{number:032x}" for number in range(3))
+    policy = Policy(Settings(2 * 8, grain_bytes=8, recompute=8.0))
+    policy.handle(ev.Prepared(1, 1, (shared, alone), 8), 10.0)
+    policy.handle(ev.Completed(1, 2, (shared, alone), (7, 7), False), 10.0)
+    for name, items, by_s in (("soon", (shared,), 11.0), ("late", (shared,), 100.0), ("later", (alone,), 150.0)):
+        policy.handle(ev.Remembered(name, items), 10.0)
+        policy.handle(ev.Wanted(Want(name, "host", by_s, 1.0)), 10.0)
+    victim = policy.room.victim("host")
+    agrees(policy, "host", victim, exact=True)
+    policy.handle(
+        ev.Prepared(1, 3, (new,), 8), 60.0
+    )  # "soon" is 49 s late: expected in 197, "late" in 40, "later" in 90
+    assert [policy.lookup((item,)) for item in (shared, alone)] == [1, 0]
+
+
 @pytest.mark.parametrize("worth", [0.0, 5e-324, float("inf")])
 def test_a_worth_without_measure_has_a_level(worth: float) -> None:
     assert level_of(0.0) <= level_of(worth) <= level_of(float("inf"))
