@@ -29,7 +29,7 @@ from outrider.topology import Link
 from outrider.wants import Want
 
 CHECK_EVERY = 500  # calls between two passes over every block of every engine
-PAGES_MOST = 1024  # of host: memory weighs them all at every event, so that a long trace would take hours
+PAGES_MOST = 1 << 20  # of host: what memory keeps of each block takes room too, about 3 GB for so many
 
 
 @dataclass(frozen=True)
