@@ -41,7 +41,7 @@ with open(notes, "a") as done:
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_acknowledged(start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     socket, notes = tmp_path / "s", tmp_path / "notes"
-    tiers = f"host=2MiB,disk=64MiB,path={tmp_path / 'd'}"
+    tiers = f"host=2MiB,disk=512MiB,path={tmp_path / 'd'}"  # more than is written: a full disk lets the oldest go
     for turn, delay_s in enumerate((0.03, 0.3, 0.0, 0.11, 0.5, 0.07)):
         server = start(socket, tiers)
         command = [sys.executable, "-c", WRITER, str(socket), str(notes), f"w{turn}"]
@@ -65,6 +65,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(start, tmp_path: Path) 
                 assert view is not None, f"{key.hex()} was acknowledged as durable and is gone"
                 assert view == key * 1250
         stats = store.stats()
+        assert stats["tiers"]["disk"]["used_bytes"] < stats["tiers"]["disk"]["capacity_bytes"] / 2
         assert stats["checksum_failures"] == 0 and stats["recovered_blocks"] >= len(acknowledged)
 
 
