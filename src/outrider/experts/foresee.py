@@ -55,10 +55,7 @@ def counts(
     shape = len(edges_M1) - 1, routing.layers, ranks, width
     counts_MLRE: Any = np.zeros(shape, dtype=np.int32)  # half of int64; planners widen one micro-step at a time
     known_T = np.zeros(0, dtype=np.bool_) if routing.known_T is None else routing.known_T
-    if duplicates == "collapse":
-        _count_once(routing.routes_TLK, known_T, runs_N4, counts_MLRE)
-    else:
-        _count_all(routing.routes_TLK, known_T, runs_N4, counts_MLRE)
+    _count_runs(routing.routes_TLK, known_T, runs_N4, duplicates == "collapse", counts_MLRE)
     counted: Array = counts_MLRE
     return counted
 
@@ -162,27 +159,11 @@ def _count(routes: AnyInt, batch: Array, source: Array, counts_MLRE: Array) -> N
 
 
 @compiled
-def _count_all(routes_TLK: Ids, known_T: Mask, runs_N4: Array, counts_MLRE: Array) -> None:
-    """Token by token, into a table of one run that stays in the cache; a row is missing where its first id is."""
-    _, layers, top_k = routes_TLK.shape
-    experts = counts_MLRE.shape[3]
-    run_LE = np.zeros((layers, experts), dtype=np.int32)
-    for n in range(runs_N4.shape[0]):
-        first, end, m, q = runs_N4[n]
-        run_LE[:] = 0
-        for t in range(first, end):
-            if known_T.size > 0 and not known_T[t]:
-                continue
-            for layer in range(layers):
-                if routes_TLK[t, layer, 0] >= 0:
-                    for k in range(top_k):
-                        run_LE[layer, routes_TLK[t, layer, k]] += 1
-        counts_MLRE[m, :, q] += run_LE
+def _count_runs(routes_TLK: Ids, known_T: Mask, runs_N4: Array, once: bool, counts_MLRE: Array) -> None:
+    """Token by token, into a table of one run that stays in the cache; a row is missing where its first id is.
 
-
-@compiled
-def _count_once(routes_TLK: Ids, known_T: Mask, runs_N4: Array, counts_MLRE: Array) -> None:
-    """The same; an id counts once in a row. Each cell holds the last token that counted, and the count."""
+    once: an id counts once in a row. Each cell holds the last token that counted (high half) and the count (low half).
+    """
     _, layers, top_k = routes_TLK.shape
     experts = counts_MLRE.shape[3]
     run_LE = np.zeros((layers, experts), dtype=np.int64)
@@ -197,7 +178,7 @@ def _count_once(routes_TLK: Ids, known_T: Mask, runs_N4: Array, counts_MLRE: Arr
                 if routes_TLK[t, layer, 0] >= 0:
                     for k in range(top_k):
                         cell = run_LE[layer, routes_TLK[t, layer, k]]
-                        if cell < stamp:
+                        if cell < stamp or not once:
                             run_LE[layer, routes_TLK[t, layer, k]] = stamp | ((cell & 0xFFFFFFFF) + 1)
         for layer in range(layers):
             for e in range(experts):

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from outrider import journal
 from outrider.agents import events as ev
 from outrider.errors import CallerError
 from outrider.lab.clock import Clock
 from outrider.lab.simulate.callers import ids_of
-from outrider.lab.simulate.descend import Vector, descend
 from outrider.lab.traces.blocks import Ids as Numbers
 from outrider.lab.traces.blocks import PrefixTree
 from outrider.lab.twins.engine import Engine
 from outrider.lab.twins.job import Job
 from outrider.lab.twins.pool import Ids, Pool
 from outrider.lab.twins.speed import Profile, Speed
+
+Vector = NDArray[np.float64]
 
 BLOCK_TOKENS = 16  # of the cache in which the fit lays its requests; reported reuse is kept as it was
 KV_TOKENS = 100_000_000  # of an engine that does not say
@@ -181,15 +183,24 @@ def _rms(errors: Vector) -> float:
 
 
 def _fit(errors_of: Callable[[Speed], Vector], start: Speed) -> tuple[Speed, Vector]:
-    """Least squares, downhill from `start` and from where it is bent in four ways, then once more from the best."""
+    """Least squares by Nelder and Mead's simplex, since scheduling makes the sum of squares jump.
+
+    Downhill from `start` and from where it is bent in four ways, then once more from the best.
+    """
+    from scipy.optimize import minimize  # heavy, and needed here alone
 
     def height(place: Vector) -> float:
         return _rms(errors_of(_speed(place)))
 
+    def descend(begin: Vector, size: float, calls: int, level_s: float) -> tuple[float, Vector]:
+        simplex = np.vstack([begin, begin + size * np.eye(len(begin))])
+        options = {"initial_simplex": simplex, "maxfev": calls, "xatol": np.inf, "fatol": level_s}
+        found = minimize(height, begin, method="Nelder-Mead", options=options)
+        return float(found.fun), found.x
+
     begin = np.log(np.maximum(np.array(msgspec.structs.astuple(start)), 1e-12))
-    tried = [descend(height, begin + np.log(np.array(bent)), 0.7, 120, 1e-3) for bent in BENT]
-    _, best = min(tried, key=lambda found: found[0])
-    _, best = descend(height, best, 0.3, 150, 1e-4)
+    tried = [descend(begin + np.log(np.array(bent)), 0.7, 120, 1e-3) for bent in BENT]
+    _, best = descend(min(tried, key=lambda found: found[0])[1], 0.3, 150, 1e-4)
     return _speed(best), errors_of(_speed(best))
 
 
