@@ -257,3 +257,14 @@ def test_a_negative_count_is_the_caller_s_fault() -> None:
     counts[0, 1, 0] = -1
     with pytest.raises(CallerError, match="negative"):
         plan(counts, 1)
+
+
+def test_a_copy_that_serves_as_well_stays() -> None:
+    """One slot, two experts as hot: whichever has it, the other's rank stays full. Who is there is not replaced."""
+    counts_LRE = np.zeros((1, 4, 4), dtype=np.int64)
+    counts_LRE[0, 0] = [20, 0, 0, 20]
+    for there in (0, 3):
+        previous_LRS = np.array([[[-1], [there], [-1], [-1]]])
+        step = plan(counts_LRE, [0, 1, 0, 0], previous_LRS=previous_LRS)
+        assert step.most_L.tolist() == [20]
+        assert len(step.moves) == 0

@@ -17,6 +17,7 @@ from outrider.errors import CallerError
 from outrider.journal import Journal
 from outrider.lab import levels, report
 from outrider.lab.report import calls, draw, loads, strips, tiers, timeline, totals
+from outrider.lab.report.run import Journals
 from outrider.memory.events import Event
 from outrider.memory.policy import Policy
 from outrider.memory.settings import Settings
@@ -102,6 +103,8 @@ def test_a_journal_reads_back_as_it_was_made(
     tokens = totals.by_source(list(read.stories.values()), {"host": 2, "disk": 1})
     assert sum(tokens.values()) == sum(usage.prompt_tokens for _, _, usage in made)
     assert tokens["computed"] == sum(usage.prompt_tokens - usage.cached_tokens for _, _, usage in made)
+    (arm,) = totals.totals(Journals({"outrider": read}, {}, None, None))["arms"]
+    assert arm["retries"] == sum(tries - 1 for _, tries, _ in made)
     waits = dict(calls.waiting(read))
     for now in sorted({moment for at, _, _ in made for moment in at}):
         before = [level for moment, level in waits.items() if moment <= now]

@@ -78,6 +78,8 @@ def test_a_journal_can_be_simulated_again_with_its_own_sizes(trace: Path, tmp_pa
     assert again["prompt_tokens"] == first["prompt_tokens"]
     assert again["actual"]["ttft_p50_s"] == pytest.approx(first["ttft_p50_s"])
     assert set(again["predicted"]) == set(again["actual"]) == set(again["error"])
+    for name, came in again["actual"].items():
+        assert again["error"][name] == pytest.approx((again["predicted"][name] - came) / came, abs=1e-12)
     assert stack.replay(journal)[1] is None
 
 
