@@ -44,6 +44,11 @@ SHELLS = {
     "cli.py",
     "study.py",
     "commands.py",
+    "options.py",
+    "tables.py",
+    "front.py",
+    "draw.py",
+    "places.py",
 }
 SHELL_FOLDERS = {"tiers", "adapters", "lab"}
 IMPURE = {  # module that a pure file may not import: what to do instead
