@@ -88,9 +88,11 @@ def plan(
         if out:
             plans.save(found, out)
         if plot:
+            counts_MLRE = picture.counts_of(found)
+            told = picture.picture(routing.name, asked, found, counts_MLRE, plot_layer)
             bar = bars.add_task("planners compared", total=len(front.settings(asked)))
-            others = front.front(picture.counts_of(found), asked, found, lambda: bars.advance(bar))
-            draw.draw(plot, picture.picture(routing.name, asked, found, others, plot_layer))
+            others = front.front(counts_MLRE, asked, found, lambda: bars.advance(bar))
+            draw.draw(plot, told, others)
             result["front"] = msgspec.to_builtins(others.points)
     if json:
         sys.stdout.write(jsonlib.dumps(result) + "\n")

@@ -47,25 +47,25 @@ def ready(path: Path) -> None:
         raise CallerError(f"--plot: {error.name} is not installed. Run: pip install 'outrider[plots]'") from error
 
 
-def draw(path: Path, picture: Picture) -> None:
-    """Write the picture. CallerError for a layer that is not there."""
-    layers = len(picture.loads.home)
-    if picture.layer is not None and not 0 <= picture.layer < layers:
-        raise CallerError(f"--plot-layer {picture.layer}: the plan has {layers} layers. Count from 0.")
+def draw(path: Path, picture: Picture, front: Front) -> None:
+    """Write the picture and the front of planners beside it."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]):
         figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH)
+        notes = picture.notes
+        if front.missing:
+            notes += f" Not possible here: {', '.join(name for name, _ in front.missing)}."
         for y, words, size, weight, colour in (
             (0.97, picture.title, 14, "bold", LIMIT),
             (0.943, picture.subtitle, 10.5, "normal", QUIET),
-            (0.03, picture.notes, 8.5, "normal", QUIET),
+            (0.03, notes, 8.5, "normal", QUIET),
         ):
             figure.text(LEFT, y, words, fontsize=size, fontweight=weight, color=colour, va="center", parse_math=False)
         grid = figure.add_gridspec(2, 2, left=LEFT, right=RIGHT, bottom=BOTTOM, top=TOP, hspace=0.36, wspace=0.2)
         _lines(figure.add_subplot(grid[0, 0]), picture.loads)
-        _front(figure, figure.add_subplot(grid[0, 1]), picture.front, 100 * (float(picture.loads.limit.mean()) - 1))
+        _front(figure, figure.add_subplot(grid[0, 1]), front, 100 * (float(picture.loads.limit.mean()) - 1))
         _heat(figure, (figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])), picture)
         drawn = BytesIO()  # an interrupted drawing leaves no half of a file
         figure.savefig(drawn, format=_kind(path), metadata=NO_DATE[_kind(path)])

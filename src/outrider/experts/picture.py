@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from outrider.errors import CallerError
 from outrider.experts.events import Array
-from outrider.experts.front import Front
 from outrider.experts.plan import contiguous_homes
 from outrider.experts.schedule import StepPlan
 from outrider.experts.study import Study
@@ -31,7 +31,6 @@ class Picture(msgspec.Struct, frozen=True):
     None: the one with the largest load at home."""
 
     loads: Loads
-    front: Front
     title: str
     subtitle: str
     notes: str
@@ -62,10 +61,11 @@ def loads(found: StepPlan, counts_MLRE: Array, excluded: Sequence[int] = ()) -> 
     return Loads(home, planned, limit_LM)
 
 
-def picture(name: str, asked: Study, found: StepPlan, front: Front, layer: int | None = None) -> Picture:
-    """The picture of a plan. name: of the file with the routes."""
-    counts_MLRE = counts_of(found)
+def picture(name: str, asked: Study, found: StepPlan, counts_MLRE: Array, layer: int | None = None) -> Picture:
+    """The picture of a plan. name: of the file with the routes. CallerError for a layer that is not there."""
     layers, steps, ranks, _ = found.shape
+    if layer is not None and not 0 <= layer < layers:
+        raise CallerError(f"--plot-layer {layer}: the plan has {layers} layers. Count from 0.")
     nodes = ranks // asked.ranks_per_node
     cut = (
         _many(asked.microbatch_tokens, "token")
@@ -83,10 +83,8 @@ def picture(name: str, asked: Study, found: StepPlan, front: Front, layer: int |
         "Bytes are modelled: every copy that is new in a micro-step counts as one expert of"
         f" {asked.model}, {asked.cost.shape.expert_bytes / 1e6:.3g} MB. Rivals {rivals}."
     )
-    if front.missing:
-        notes += f" Not possible here: {', '.join(rival for rival, _ in front.missing)}."
     title = f"{name}, domain {asked.domain}" if asked.domain else name
-    return Picture(loads(found, counts_MLRE, asked.excluded), front, title, "; ".join(parts), notes, layer)
+    return Picture(loads(found, counts_MLRE, asked.excluded), title, "; ".join(parts), notes, layer)
 
 
 def _many(number: int, what: str) -> str:

@@ -38,7 +38,7 @@ def put_labels(figure: "Figure", axes: "Axes", marks: list[Mark], front: list[tu
     taken.append(box((low, limit), (high, limit), LINE))
     for (x, y), (far_x, far_y) in front:
         taken += [box((x, y), (far_x, y), LINE), box((far_x, y), (far_x, far_y), LINE)]
-    for x, y, words in sorted(marks, key=lambda mark: (mark[1], mark[0])):
+    for x, y, words in sorted(marks, key=lambda mark: (mark[1], -mark[0])):
         for dx, dy, align in _places():
             text = axes.annotate(
                 words, (x, y), (dx, dy), textcoords="offset points", ha=align, va="center", fontsize=9.5
