@@ -95,13 +95,13 @@ class Data:
         return counts
 
 
-def train(case: Case, data: Data, group: Any, weights_group: Any, slots: int, parts: list[int], counts: Any) -> Any:
+def train(case: Case, data: Data, group: Any, control: Any, lane: Any, slots: int, parts: list[int], counts: Any) -> Any:
     """Train on the token parts `parts` (ranks of the data) of every micro-step; all that must be equal, and copies."""
     model = model_of(case)
     ranks = group.size()
     homes = contiguous_homes(case["experts"], ranks)
     (block,) = spread(model, homes, group, case["block_rows"])
-    mover = Mover(Policy(Settings(1, case["experts"], ranks, slots)), [block], weights_group)
+    mover = Mover(Policy(Settings(1, case["experts"], ranks, slots)), [block], control, lane)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     seen: list[torch.Tensor] = []
     for _ in range(case["steps"]):
@@ -138,8 +138,8 @@ class Ranks:
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
-        self.tokens, self.weights, self.control = (dist.new_group(range(ranks), timeout=LIMIT) for _ in range(3))
-        self.alone = [dist.new_group([0], timeout=LIMIT) for _ in range(2)]
+        *self.groups, self.control = (dist.new_group(range(ranks), timeout=LIMIT) for _ in range(4))
+        self.alone = [dist.new_group([0], timeout=LIMIT) for _ in range(3)]
         self.copies = self.cases = 0
 
     def draw(self) -> None:
@@ -172,7 +172,7 @@ class Ranks:
         """All ranks enter; each finds out for itself, and then all know."""
         data = Data(case)
         counts = None if case["foresight"] == "none" else data.counts(case, self.ranks)
-        seen, whole, mine, mover = train(case, data, self.tokens, self.weights, case["slots"], [self.rank], counts)
+        seen, whole, mine, mover = train(case, data, *self.groups, case["slots"], [self.rank], counts)
         self.copies += mover.copies_moved
         self.cases += 1
         everyone: list[Any] = [None] * self.ranks
