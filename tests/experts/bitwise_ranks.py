@@ -95,7 +95,9 @@ class Data:
         return counts
 
 
-def train(case: Case, data: Data, group: Any, control: Any, lane: Any, slots: int, parts: list[int], counts: Any) -> Any:
+def train(
+    case: Case, data: Data, group: Any, control: Any, lane: Any, slots: int, parts: list[int], counts: Any
+) -> Any:
     """Train on the token parts `parts` (ranks of the data) of every micro-step; all that must be equal, and copies."""
     model = model_of(case)
     ranks = group.size()

@@ -1,9 +1,9 @@
 """Which copy lies in which frame, and when it is carried there: paging with a known future. Pure; called by policy.py.
 
 A rank has a few frames, places for one expert of any layer. Visits (a layer's turn in a pass) come in a known order and
-each needs certain copies; so a frame is refilled as soon as the visit is over that needed its content last, in the
-order of need, and what is evicted is what is needed again last of all (Belady's rule). Whether a copy is held until its
-backward pass or fetched again then follows from the number of frames alone: weights are constant within a step.
+each needs certain copies. What is evicted for one is what is needed again last of all (Belady's rule: no other way
+fetches less), and it is fetched as soon as the visit is over that used the evicted one last. Whether a copy is held
+until its backward pass or fetched again follows from the number of frames alone: weights are constant within a step.
 
 A copy's life is TABLE, which the mover checks at each turn (`Copy`). A transfer cannot be un-sent (law 4): a copy that
 is not wanted any more arrives all the same, and one that is wanted again while it travels is not sent twice.
@@ -92,76 +92,64 @@ def carry(
     No visit may need more copies of a rank than it has frames.
     """
     ranks, frames = page_RF.shape
-    experts = homes_P.shape[0]
-    rows = np.empty((2 * len(needs) + ranks * frames + 1, 8), dtype=np.int64)
+    pages, never, end = homes_P.shape[0], len(needs), first + visits
+    rows = np.empty((2 * len(needs) + ranks * frames, 8), dtype=np.int64)
     n_rows = 0
-    at_P = np.full(experts, -1, dtype=np.int64)  # frame of a page
-    later_P = np.full(experts, -1, dtype=np.int64)
-    next_N = np.empty(len(needs), dtype=np.int64)  # the next need of the same page, or `never`
+    at_P = np.full(pages, -1, dtype=np.int64)  # frame of a page
+    soon_P = np.full(pages, never, dtype=np.int64)  # the next need of a page
+    next_N = np.empty(len(needs), dtype=np.int64)  # the next need of the same page
     next_F = np.empty(frames, dtype=np.int64)
-    never = len(needs)
+    last_F = np.empty(frames, dtype=np.int64)  # the visit that used a frame's content last
     for r in range(ranks):
         low, high = start_R[r], start_R[r + 1]
         for n in range(high - 1, low - 1, -1):
-            page = needs[n, 1]
-            next_N[n] = later_P[page] if later_P[page] >= 0 else never
-            later_P[page] = n
+            next_N[n] = soon_P[needs[n, 1]]
+            soon_P[needs[n, 1]] = n
+        last_F[:] = first - 1
         for f in range(frames):
             page = page_RF[r, f]
             next_F[f] = never
             if page >= 0:
-                at_P[page] = f
-                if later_P[page] >= 0:
-                    next_F[f] = later_P[page]
-                elif fresh_RF[r, f] and not cancelled_RF[r, f]:
+                at_P[page], next_F[f] = f, soon_P[page]
+                if next_F[f] == never and fresh_RF[r, f] and not cancelled_RF[r, f]:
                     cancelled_RF[r, f] = 1
                     rows[n_rows] = (first - 1, first, 3, page, 0, homes_P[page], r, f)
                     n_rows += 1
-        done, n = low, low  # needs of visits that are over; needs that are met
-        for t in range(first, first + visits + 1):
-            while done < high and needs[done, 0] < t:
-                f = at_P[needs[done, 1]]
-                next_F[f], fresh_RF[r, f] = next_N[done], 0
-                if backward_V[needs[done, 0] - first]:
+        for n in range(low, high):
+            visit, page, kind = needs[n]
+            f = at_P[page]
+            if f < 0:
+                for g in range(frames):  # what is needed again last; of what never is, what has been free for longest
+                    if last_F[g] < visit and (next_F[g] == never or needs[next_F[g], 0] > visit):
+                        later = f < 0 or next_F[g] > next_F[f]
+                        if later or (next_F[g] == next_F[f] and last_F[g] < last_F[f]):
+                            f = g
+                after = last_F[f]
+                if visit >= end and (f < 0 or after >= end - 1):
+                    break  # the next pass sees to it
+                assert f >= 0, "a visit needs more copies than a rank has frames"
+                old = page_RF[r, f]
+                if old >= 0:
+                    at_P[old] = -1
+                    if owes_RF[r, f]:
+                        rows[n_rows] = (after, visit, 0, old, 0, r, homes_P[old], f)
+                        n_rows += 1
+                rows[n_rows] = (after, visit, kind, page, 0, homes_P[page], r, f)
+                n_rows += 1
+                page_RF[r, f], at_P[page] = page, f
+                owes_RF[r, f], fresh_RF[r, f], cancelled_RF[r, f] = 0, 1, 0
+            elif cancelled_RF[r, f]:
+                cancelled_RF[r, f] = 0
+                rows[n_rows] = (first - 1, visit, 4, page, 0, homes_P[page], r, f)
+                n_rows += 1
+            last_F[f], next_F[f] = visit, next_N[n]
+            if visit < end:
+                fresh_RF[r, f] = 0
+                if backward_V[visit - first]:
                     owes_RF[r, f] = 1
-                done += 1
-            if t == first + visits:
-                break
-            n = max(n, done)
-            while n < high:
-                visit, page, kind = needs[n]
-                f = at_P[page]
-                if f < 0:
-                    best, best_next = -1, n
-                    for g in range(frames):
-                        if page_RF[r, g] < 0:
-                            best, best_next = g, never
-                            break
-                        after = next_F[g]
-                        if after > best_next or (after == best_next and best >= 0 and owes_RF[r, best] > owes_RF[r, g]):
-                            best, best_next = g, after
-                    if best < 0 or (best_next < never and needs[best_next, 0] <= visit):
-                        assert visit > t, "a visit needs more copies than a rank has frames"
-                        break
-                    f = best
-                    old = page_RF[r, f]
-                    if old >= 0:
-                        at_P[old] = -1
-                        if owes_RF[r, f]:
-                            rows[n_rows] = (t - 1, visit, 0, old, 0, r, homes_P[old], f)
-                            n_rows += 1
-                    rows[n_rows] = (t - 1, visit, kind, page, 0, homes_P[page], r, f)
-                    n_rows += 1
-                    page_RF[r, f], at_P[page], next_F[f] = page, f, n
-                    owes_RF[r, f], fresh_RF[r, f], cancelled_RF[r, f] = 0, 1, 0
-                elif cancelled_RF[r, f]:
-                    cancelled_RF[r, f] = 0
-                    rows[n_rows] = (t - 1, visit, 4, page, 0, homes_P[page], r, f)
-                    n_rows += 1
-                n += 1
         for f in range(frames):
             if page_RF[r, f] >= 0:
                 at_P[page_RF[r, f]] = -1
         for n in range(low, high):
-            later_P[needs[n, 1]] = -1
+            soon_P[needs[n, 1]] = never
     return rows[:n_rows]
