@@ -1,4 +1,4 @@
-"""Run on each of three ranks by test_liveness.py: `python liveness_ranks.py DIRECTORY RANK RANKS HOW`.
+"""Run on each of three ranks by test_liveness.py: `python liveness_ranks.py DIRECTORY RANK RANKS HOW FORESIGHT`.
 
 First what ranks may be told differently, which every rank must hear of; then rank 2 is killed, or hangs, in the middle
 of a forward pass. Exit code 0, or 9 for the rank that kills itself: all held.
@@ -19,6 +19,7 @@ from huggingface_ranks import build
 
 from outrider.errors import LawBroken, WorldError
 from outrider.experts import balance
+from outrider.experts.search import search
 
 TIMEOUT_S = 5.0
 
@@ -34,7 +35,7 @@ def expect(error: type[Exception], words: str, within_s: float, what: Any) -> No
     raise AssertionError(f"went on, and should have said: {words}")
 
 
-def main(directory: str, rank: int, ranks: int, how: str) -> None:
+def main(directory: str, rank: int, ranks: int, how: str, foresight: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = f"file://{Path(directory) / 'rendezvous'}"
@@ -46,7 +47,10 @@ def main(directory: str, rank: int, ranks: int, how: str) -> None:
         model = build("qwen3")
         if at is not None:
             model.model.layers[1].self_attn.register_forward_pre_hook(at)
-        balanced = balance(model, slots=1, timeout_s=TIMEOUT_S)  # ranks that disagreed are of no use together
+        ring = 0 if table is None else 1  # where a layer's copies come while the one before computes
+        balanced = balance(
+            model, slots=1, ring=ring, timeout_s=TIMEOUT_S
+        )  # ranks that disagreed are of no use together
         with balanced.step(table) as run:
             with run.micro_step(batch):
                 model(input_ids=ids).logits.sum().backward()
@@ -63,6 +67,9 @@ def main(directory: str, rank: int, ranks: int, how: str) -> None:
     dist.barrier()
     expect(LawBroken, "at Foreseen", TIMEOUT_S, lambda: step(counts + (rank == 1), 0))  # a table of another step
     dist.barrier()
+    plan = search(np.roll(counts, int(rank == 1), axis=0), 1)  # a plan of another step
+    expect(LawBroken, "at Planned", TIMEOUT_S, lambda: step(plan, 0))
+    dist.barrier()
     expect(LawBroken, "at Began", TIMEOUT_S, lambda: step(counts, int(rank == 1)))  # another micro-batch
     dist.barrier()
     expect(LawBroken, "at Began" if rank == 1 else "at Finished", TIMEOUT_S, forgotten)
@@ -74,11 +81,12 @@ def main(directory: str, rank: int, ranks: int, how: str) -> None:
         if rank == 2:
             time.sleep(2.5 * TIMEOUT_S)
 
-    expect(WorldError, "lost another rank while", (2 if rank < 2 else 4) * TIMEOUT_S, lambda: step(None, 0, fall))
+    table = counts if foresight == "foreseen" else None
+    expect(WorldError, "lost another rank while", (2 if rank < 2 else 4) * TIMEOUT_S, lambda: step(table, 0, fall))
     sys.stdout.write("all held\n")
     sys.stdout.flush()
     os._exit(0)  # gloo would wait for the others
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -120,7 +120,7 @@ def close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
     assert torch.allclose(a, b, rtol=0, atol=1e-11 * scale), f"{what}: {float((a - b).abs().max())}"
 
 
-def check_case(name: str, rank: int, group: Any, weights_group: Any, seed: int) -> None:
+def check_case(name: str, rank: int, group: Any, control: Any, lane: Any, seed: int) -> None:
     """Two optimizer steps: a copy that outlived the first would be stale in the second."""
     mine = torch.from_numpy(np.flatnonzero(rank == HOMES))
     case, other = Case(name, seed), Case("rotating" if name == "even" else "even", seed + 1)
@@ -128,7 +128,7 @@ def check_case(name: str, rank: int, group: Any, weights_group: Any, seed: int) 
         reference, holder = make_block(seed), torch.nn.Sequential(make_block(seed))
         (block,) = spread(holder, HOMES, group)
         names = {n: tuple(p.shape) for n, p in holder.named_parameters()}
-        mover = Mover(Policy(Settings(1, EXPERTS, RANKS, slots)), [block], weights_group)
+        mover = Mover(Policy(Settings(1, EXPERTS, RANKS, slots)), [block], control, lane)
         for step in range(2):
             reference.zero_grad()
             holder.zero_grad()
@@ -155,11 +155,11 @@ def check_case(name: str, rank: int, group: Any, weights_group: Any, seed: int) 
         assert (mover.copies_moved > 0) == (slots > 0), f"{name}: {mover.copies_moved} copies"
 
 
-def check_broken_laws(rank: int, group: Any, weights_group: Any) -> None:
+def check_broken_laws(rank: int, group: Any, control: Any, lane: Any) -> None:
     case = Case("hot rank", 5)
     holder = torch.nn.Sequential(make_block(5))
     (block,) = spread(holder, HOMES, group)
-    mover = Mover(Policy(Settings(1, EXPERTS, RANKS, 2)), [block], weights_group)
+    mover = Mover(Policy(Settings(1, EXPERTS, RANKS, 2)), [block], control, lane)
     try:
         mover.foresee(case.counts() if rank != 1 else Case("rotating", 5).counts())
         raise AssertionError("ranks with different tables went on")
@@ -181,10 +181,10 @@ def main(directory: str, rank: int) -> None:
     limit = timedelta(seconds=30)
     store = f"file://{Path(directory) / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=limit)
-    group, weights_group = dist.group.WORLD, dist.new_group(timeout=limit)
+    group, control, lane = dist.group.WORLD, dist.new_group(timeout=limit), dist.new_group(timeout=limit)
     for seed, name in enumerate(HEAT):
-        check_case(name, rank, group, weights_group, seed)
-    check_broken_laws(rank, group, weights_group)
+        check_case(name, rank, group, control, lane, seed)
+    check_broken_laws(rank, group, control, lane)
     dist.barrier()
     dist.destroy_process_group()
 

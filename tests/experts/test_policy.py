@@ -1,4 +1,4 @@
-"""The policy as a machine: gradients go home once, nothing stale is ever used, equal events give equal plans."""
+"""The policy as a machine: what is needed is there in time, gradients go home once, equal events, equal commands."""
 
 from typing import Any
 
@@ -11,136 +11,339 @@ from hypothesis import strategies as st
 from outrider.errors import CallerError
 from outrider.experts import Policy, Settings
 from outrider.experts.events import (
+    CANCEL,
+    DIRECT,
+    HOST,
+    RETURN,
+    WANT,
     Began,
-    Fetch,
+    Carry,
     Finished,
     Foreseen,
     Gated,
+    Planned,
     Ran,
     Release,
-    ReturnGradients,
+    Relocate,
+    Share,
     Tally,
     Use,
     UseLayer,
 )
+from outrider.experts.schedule import assemble
 from outrider.journal import array_digest
 
-SHAPE = Settings(layers=2, experts=8, ranks=3, slots=2)
+LAYERS, EXPERTS, RANKS, SLOTS = 3, 8, 3, 2
+SHAPE = Settings(layers=LAYERS, experts=EXPERTS, ranks=RANKS, slots=SLOTS)
 
 
 class Shadow:
-    """What lies in the slots and which slots owe a gradient, kept from the commands alone."""
+    """Frames of all ranks, kept from Carry rows alone, at the times at which they may be carried."""
 
-    def __init__(self) -> None:
-        self.slots = np.full((2, 3, 2), -1)
-        self.owed: dict[tuple[int, int, int], int] = {}
-        self.homes = np.sort(np.arange(8) % 3)
-        self.returned = 0
+    def __init__(self, shape: Settings) -> None:
+        self.shape = shape
+        self.homes = np.tile(np.sort(np.arange(EXPERTS) % RANKS), (LAYERS, 1))
+        self.frames: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, frame): (layer, expert) that is there
+        self.owed: set[tuple[int, int, int]] = set()  # rank, layer, expert
+        self.last_use: dict[tuple[int, int], int] = {}  # (rank, frame): visit
+        self.queue: list[list[int]] = []
+        self.over, self.returned, self.fetched, self.cancelled, self.wanted = -1, 0, 0, 0, 0
+        self.shared: set[tuple[int, int, int]] = set()  # node, layer, expert
 
-    def apply(self, commands: list[Any], stage: str) -> None:
-        order = [type(command) for command in commands]
-        assert order == [kind for kind in (ReturnGradients, Fetch, Use, Release) if kind in order]
+    def take(self, rows: Any) -> None:
+        assert rows.tolist() == sorted(rows.tolist()), "the order of rows is not that of their columns"
+        for after, by, kind, *rest in rows.tolist():
+            assert after < by, "compute would wait for what starts only after it"
+            if kind in (CANCEL, WANT):
+                self.cancelled += kind == CANCEL
+                self.wanted += kind == WANT
+            else:
+                self.queue.append([after, by, kind, *rest])
+        self.carry()
+
+    def carry(self) -> None:
+        """Everything that may start by now is carried, at once: the earliest that a lane can do."""
+        assert self.queue == sorted(self.queue, key=lambda row: row[0]), "what comes later may start earlier"
+        while self.queue and self.queue[0][0] <= self.over:
+            after, _, kind, layer, expert, src, dst, frame = self.queue.pop(0)
+            if kind == RETURN:
+                assert dst == self.homes[layer, expert]
+                assert self.frames.pop((src, frame)) == (layer, expert)
+                self.owed.remove((src, layer, expert))
+                self.returned += 1
+            else:
+                assert src == self.homes[layer, expert] != dst
+                assert frame < self.shape.frames
+                before = self.frames.get((dst, frame))
+                assert before is None or (dst, *before) not in self.owed, "overwritten before its gradient went home"
+                assert self.last_use.get((dst, frame), -1) <= after, "overwritten while it is in use"
+                assert (dst, layer, expert) not in {(r, *page) for (r, _), page in self.frames.items()}, "a copy twice"
+                self.frames[dst, frame] = layer, expert
+                self.fetched += 1
+                if kind == HOST:
+                    assert (self.shape.nodes[dst], layer, expert) in self.shared, "pulled, but nobody put it there"
+
+    def visit(self, number: int, layer: int, quotas: Any, backward: bool) -> None:
+        """The layer's turn: its copies must be there, however fast or slow the lane is."""
+        assert all(row[1] > number for row in self.queue), "it must be there by now, and may not even start"
+        held = {(rank, *page): frame for (rank, frame), page in self.frames.items()}
+        for at, expert, _, rank, _ in quotas.tolist():
+            if at == layer and self.homes[layer, expert] != rank:
+                frame = held[rank, layer, expert]  # KeyError: a copy is used that is not there
+                self.last_use[rank, frame] = number
+                if backward:
+                    self.owed.add((rank, layer, expert))
+        self.over = number
+        self.carry()
+
+    def run(self, policy: Policy, stage: Any, batch: int) -> None:
+        """One pass."""
+        *carried, use = policy.handle(Began(stage, batch), 0)
+        assert isinstance(use, Use)
+        self.over = max(self.over, use.visit - 1)
+        for command in carried:
+            assert isinstance(command, Carry)
+            self.take(command.rows)
+        number = use.visit
+        if stage != "backward":
+            for layer in range(LAYERS):
+                self.visit(number, layer, use.quotas, False)
+                number += 1
+        if stage in ("update", "backward"):
+            for layer in reversed(range(LAYERS)):
+                self.visit(number, layer, use.quotas, True)
+                number += 1
+
+    def begin(self, commands: list[Any]) -> None:
         for command in commands:
             match command:
-                case ReturnGradients(rows):
-                    for layer, expert, rank, slot, home in rows.tolist():
-                        assert self.owed.pop((layer, rank, slot)) == expert
-                        assert self.homes[expert] == home
-                        self.returned += 1
-                case Fetch(rows):
-                    for layer, expert, src, dst, slot in rows.tolist():
-                        assert src == self.homes[expert] != dst
-                        assert (layer, dst, slot) not in self.owed, "overwritten before its gradient went home"
-                        self.slots[layer, dst, slot] = expert
-                case Use(replicas_LRS, quotas, _):
-                    assert (replicas_LRS == self.slots).all(), "a copy is used that was never fetched"
-                    for layer, expert, _, rank, _ in quotas.tolist():
-                        if self.homes[expert] != rank and stage == "update":
-                            (slot,) = np.flatnonzero(self.slots[layer, rank] == expert)
-                            self.owed[layer, rank, int(slot)] = expert
-                case Release():
-                    assert not self.owed, "a gradient was left behind"
-                    self.slots[:] = -1
+                case Share(rows):
+                    for layer, expert, home, node in rows.tolist():
+                        assert self.homes[layer, expert] == home
+                        assert (node, layer, expert) not in self.shared, "put there twice"
+                        self.shared.add((node, layer, expert))
+                case Relocate(rows, homes_LE):
+                    for layer, expert, old, new in rows.tolist():
+                        assert self.homes[layer, expert] == old != new
+                        self.homes[layer, expert] = new
+                    assert (self.homes == homes_LE).all()
+                case _:
+                    raise AssertionError(command)
+
+    def finish(self, policy: Policy) -> None:
+        *carried, release = policy.handle(Finished(), 0)
+        assert isinstance(release, Release)
+        for command in carried:
+            assert (command.rows[:, 2] == RETURN).all()
+            self.queue += command.rows.tolist()
+        self.over = max([self.over, *(row[0] for row in self.queue)])
+        self.carry()
+        assert not self.owed, "a gradient was left behind"
+        self.frames.clear()
+        self.shared.clear()
+        self.last_use.clear()
+        self.over = -1
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
-def test_gradients_go_home_once_and_nothing_stale_is_used(seed: int, steps: list[int]) -> None:
+def load(rng: Any, batches: int) -> Any:
+    heat = rng.pareto(0.8, (batches, LAYERS, 1, EXPERTS)).clip(max=50) * 4
+    return rng.poisson(heat, (batches, LAYERS, RANKS, EXPERTS)).astype(np.int64)
+
+
+def shapes() -> st.SearchStrategy[Settings]:
+    paths = st.sampled_from(["direct", "host"])
+    return st.builds(
+        lambda ring, recompute, update, node: Settings(
+            LAYERS, EXPERTS, RANKS, SLOTS, ring, node, recompute=recompute, update=update
+        ),
+        st.integers(0, LAYERS + 1), paths, paths, st.sampled_from([0, 1]),
+    )  # fmt: skip
+
+
+def one_f_one_b(rng: Any, batches: int) -> list[Any]:
+    """Some order in which up to three micro-batches are in flight."""
+    passes: list[Any] = []
+    flying: list[int] = []
+    ahead = 0
+    while ahead < batches or flying:
+        if ahead < batches and (not flying or (len(flying) < 3 and rng.random() < 0.6)):
+            passes.append(("forward", ahead))
+            flying.append(ahead)
+            ahead += 1
+        else:
+            passes.append(("backward", flying.pop(0)))
+    return passes
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=2), shapes(), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_everything_is_there_in_time_and_gradients_go_home_once(
+    seed: int, steps: list[int], shape: Settings, told: bool
+) -> None:
     rng = np.random.default_rng(seed)
-    policy, shadow = Policy(SHAPE), Shadow()
+    policy, shadow = Policy(shape), Shadow(shape)
     for batches in steps:  # several RL steps on one object
-        counts = rng.poisson(rng.pareto(0.8, (batches, 2, 1, 8)).clip(max=50) * 4, (batches, 2, 3, 8)).astype(np.int64)
-        assert policy.handle(Foreseen(counts), 0) == []
-        now = 0
-        for stage in ("recompute", "update"):
-            for batch in range(batches):
-                shadow.apply(policy.handle(Began(stage, batch), now), stage)
-                assert policy.handle(Ran(batch, counts[batch], np.zeros((2, 3), int)), now) == []
-                now += 1
-        shadow.apply(policy.handle(Finished(), now), "update")
-        assert not shadow.owed
+        passes = [("recompute", m) for m in range(batches)] + [("update", m) for m in range(batches)]
+        if rng.random() < 0.4:
+            passes = [("recompute", m) for m in range(batches)] + one_f_one_b(rng, batches)
+        shadow.begin(policy.handle(Foreseen(load(rng, batches), tuple(passes) if told else ()), 0))
+        for stage, batch in passes:
+            shadow.run(policy, stage, batch)
+        shadow.finish(policy)
 
 
-def test_a_skewed_step_moves_uses_and_returns() -> None:
-    counts = np.ones((1, 2, 3, 8), dtype=np.int64)
-    counts[..., 0] = 100
-    policy, shadow = Policy(SHAPE), Shadow()
-    policy.handle(Foreseen(counts), 0)
-    commands = policy.handle(Began("update", 0), 0)
-    assert [type(command) for command in commands] == [Fetch, Use]
-    shadow.apply(commands, "update")
-    ending = policy.handle(Finished(), 1)
-    assert [type(command) for command in ending] == [ReturnGradients, Release]
-    shadow.apply(ending, "update")
-    assert shadow.returned >= 2
+@given(st.integers(0, 2**32 - 1), shapes())
+@settings(max_examples=80, deadline=None)
+def test_passes_may_come_in_another_order_than_told_and_stop_early(seed: int, shape: Settings) -> None:
+    rng = np.random.default_rng(seed)
+    policy, shadow = Policy(shape), Shadow(shape)
+    for _ in range(2):
+        passes = tuple(("update", m) for m in range(5))
+        shadow.begin(policy.handle(Foreseen(load(rng, 5), passes), 0))
+        for batch in rng.permutation(5)[: rng.integers(1, 6)].tolist():
+            shadow.run(policy, "update" if rng.random() < 0.7 else "recompute", batch)
+        shadow.finish(policy)
+
+
+def hot(*experts: int) -> Any:
+    """Each micro-batch has one hot expert."""
+    counts = np.ones((len(experts), LAYERS, RANKS, EXPERTS), dtype=np.int64)
+    for m, expert in enumerate(experts):
+        counts[m, ..., expert] = 300
+    return counts
+
+
+def test_what_is_under_way_is_cancelled_and_wanted_again_but_not_sent_twice() -> None:
+    """A copy for the next pass is fetched ahead, another pass comes, then the one that needs it."""
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    passes = (("update", 0), ("update", 1), ("update", 2), ("update", 3))
+    shadow.begin(policy.handle(Foreseen(hot(0, 3, 0, 6), passes), 0))
+    shadow.run(policy, "update", 0)
+    shadow.run(policy, "update", 2)  # out of turn; it needs what the first one needed
+    assert shadow.cancelled > 0
+    shadow.run(policy, "update", 1)
+    assert shadow.wanted > 0
+    shadow.finish(policy)
+
+
+def test_with_frames_for_all_layers_a_kept_copy_is_carried_once() -> None:
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    shadow.begin(policy.handle(Foreseen(hot(0, 0, 0)), 0))
+    for stage in ("recompute", "update"):
+        for m in range(3):
+            shadow.run(policy, stage, m)
+    held = shadow.fetched
+    shadow.finish(policy)
+    assert held == shadow.returned == 2 * LAYERS  # the hot expert on both other ranks, in every layer
+    ring = msgspec.structs.replace(SHAPE, ring=1)
+    policy, shadow = Policy(ring), Shadow(ring)
+    shadow.begin(policy.handle(Foreseen(hot(0, 0, 0)), 0))
+    shadow.run(policy, "update", 0)
+    assert shadow.fetched > held / 1.01, "one layer's frames must refill"
+    assert ring.frames == SLOTS < SHAPE.frames
+
+
+def test_the_next_pass_is_fetched_during_this_one() -> None:
+    """Copies that the second micro-step needs may start before the first is over."""
+    policy = Policy(SHAPE)
+    policy.handle(Foreseen(hot(0, 5), (("update", 0), ("update", 1))), 0)
+    carried, use = policy.handle(Began("update", 0), 0)
+    ahead = carried.rows[carried.rows[:, 1] >= use.visit + 2 * LAYERS]
+    assert len(ahead)
+    assert (ahead[:, 0] < use.visit + 2 * LAYERS - 1).all()
+    second = policy.handle(Began("update", 1), 1)
+    assert all((command.rows[:, 2] == RETURN).all() or not command.fetches for command in second[:-1]), second
+
+
+def test_fewest_fetches_for_what_is_known() -> None:
+    """One rank, one pass, any number of frames: as few as Belady's rule, written plainly and on demand."""
+    from outrider.experts.frames import carry
+
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        visits, pages, frames = 12, 7, int(rng.integers(2, 5))
+        needed = [sorted(rng.choice(pages, rng.integers(0, frames + 1), replace=False).tolist()) for _ in range(visits)]
+        needs = np.array([(v, page, DIRECT) for v, some in enumerate(needed) for page in some]).reshape(-1, 3)
+        empty = [np.full((1, frames), value) for value in (-1, 0, 0, 0)]
+        none = np.zeros(visits, dtype=np.int64)
+        rows = carry(*empty, np.array([0, len(needs)]), needs, np.ones(pages, int), none, 0, visits)
+        held: set[int] = set()
+        fewest = 0
+        for v, some in enumerate(needed):
+            for page in some:
+                if page in held:
+                    continue
+                fewest += 1
+                if len(held) == frames:
+                    held.remove(max((p for p in held if p not in some), key=lambda p: _next(needed, v, p)))
+                held.add(page)
+        assert len(rows) == fewest
+
+
+def _next(needed: list[list[int]], visit: int, page: int) -> int:
+    return next((v for v in range(visit, len(needed)) if page in needed[v]), len(needed))
+
+
+def test_a_given_plan_brings_masters_to_their_new_homes() -> None:
+    homes = np.tile(np.arange(EXPERTS) % RANKS, (LAYERS, 1))
+    hosts = np.full((LAYERS, RANKS, 3), -1)
+    for expert in range(EXPERTS):
+        hosts[:, expert % RANKS, expert // RANKS] = expert
+    rows = np.array([[la, e, q, homes[la, e], 5] for la in range(LAYERS) for e in range(EXPERTS) for q in range(RANKS)])
+    plan = assemble("foresight", homes, [hosts], [rows], ranks_per_node=RANKS)
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    event = Planned(plan.homes.astype(np.int64), plan.quota.astype(np.int64), plan.most)
+    shadow.begin(policy.handle(event, 0))
+    assert (shadow.homes == homes).all()
+    shadow.run(policy, "update", 0)
+    shadow.finish(policy)
+    assert policy.handle(event, 0) == [], "they are there already"
+    with pytest.raises(CallerError, match="Give a plan of 3 layers"):
+        policy.handle(Planned(plan.homes[:1].astype(np.int64), plan.quota.astype(np.int64), plan.most), 0)
 
 
 def test_forward_only_owes_no_gradient() -> None:
-    counts = np.ones((1, 2, 3, 8), dtype=np.int64)
-    counts[..., 0] = 100
     policy = Policy(SHAPE)
-    policy.handle(Foreseen(counts), 0)
+    policy.handle(Foreseen(hot(0)), 0)
     policy.handle(Began("recompute", 0), 0)
     assert [type(command) for command in policy.handle(Finished(), 1)] == [Release]
 
 
 def test_what_nobody_foresaw_is_tallied() -> None:
-    counts = np.full((1, 2, 3, 8), 5, dtype=np.int64)
+    counts = np.full((1, LAYERS, RANKS, EXPERTS), 5, dtype=np.int64)
     policy = Policy(SHAPE)
     policy.handle(Foreseen(counts), 0)
     policy.handle(Began("update", 0), 0)
     seen = counts[0].copy()
     seen[0, 0, 0] += 3
     seen[1, 2, 7] -= 2
-    assert policy.handle(Ran(0, seen, np.zeros((2, 3), int)), 0) == [Tally(unforeseen=3, absent=2)]
+    assert policy.handle(Ran(0, seen, np.zeros((LAYERS, RANKS), int)), 0) == [Tally(unforeseen=3, absent=2)]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_without_foresight_each_layer_keeps_the_same_laws(seed: int, batches: int) -> None:
     rng = np.random.default_rng(seed)
-    policy, shadow = Policy(SHAPE), Shadow()
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
     for now in range(batches):
         stage = "update" if rng.random() < 0.7 else "recompute"
-        for layer in range(2):
-            counts = rng.poisson(rng.pareto(0.8, (1, 8)).clip(max=50) * 4, (3, 8)).astype(np.int64)
-            *before, use = policy.handle(Gated(stage, layer, counts), now)
+        for layer in range(LAYERS):
+            counts = load(rng, 1)[0, layer]
+            *carried, use = policy.handle(Gated(stage, layer, counts), now)
             assert isinstance(use, UseLayer)
-            assert all((command.rows[:, 0] == layer).all() for command in before), "another layer's slots were touched"
             assert (use.quotas[:, 0] == layer).all()
-            sums = np.zeros((3, 8), dtype=np.int64)
+            sums = np.zeros((RANKS, EXPERTS), dtype=np.int64)
             np.add.at(sums, (use.quotas[:, 2], use.quotas[:, 1]), use.quotas[:, 4])
             assert (sums == counts).all()
-            whole = shadow.slots.copy()
-            whole[layer] = use.replicas_RS
-            shadow.apply([*before, Use(whole, use.quotas, np.array([use.most]))], stage)
-    shadow.apply(policy.handle(Finished(), batches), "update")
-    assert not shadow.owed
+            for command in carried:
+                assert (command.rows[:, 3] == layer).all(), "another layer's frames were touched"
+                shadow.take(command.rows)
+            shadow.visit(-1, layer, use.quotas, stage == "update")
+    shadow.finish(policy)
 
 
 def test_equal_events_give_equal_commands_byte_for_byte() -> None:
-    rng = np.random.default_rng(5)
-    counts = rng.poisson(rng.pareto(0.8, (4, 2, 1, 8)).clip(max=50) * 4, (4, 2, 3, 8)).astype(np.int64)
+    counts = load(np.random.default_rng(5), 4)
     encoder = msgspec.json.Encoder(enc_hook=array_digest)
 
     def story() -> list[bytes]:
@@ -153,22 +356,36 @@ def test_equal_events_give_equal_commands_byte_for_byte() -> None:
 
 def test_misuse_is_the_callers_fault() -> None:
     policy = Policy(SHAPE)
+    nothing = np.zeros((1, LAYERS, RANKS, EXPERTS), dtype=np.int64)
     with pytest.raises(CallerError, match="micro-batch 0: 0 were foreseen"):
         policy.handle(Began("update", 0), 0)
     with pytest.raises(CallerError, match="counts: shape"):
-        policy.handle(Foreseen(np.zeros((1, 2, 3, 9), int)), 0)
-    policy.handle(Foreseen(np.zeros((1, 2, 3, 8), int)), 0)
+        policy.handle(Foreseen(nothing[..., 1:]), 0)
+    with pytest.raises(CallerError, match="micro-batch 1: 1 were foreseen"):
+        policy.handle(Foreseen(nothing, (("update", 1),)), 0)
+    with pytest.raises(CallerError, match="no forward before it"):
+        policy.handle(Foreseen(nothing, (("backward", 0),)), 0)
+    policy.handle(Foreseen(nothing), 0)
     with pytest.raises(CallerError, match="micro-batch 1: 1 were foreseen"):
         policy.handle(Began("update", 1), 0)
-    for layer, shape in ((2, (3, 8)), (0, (3, 9))):
+    for layer, shape in ((LAYERS, (RANKS, EXPERTS)), (0, (RANKS, EXPERTS + 1))):
         with pytest.raises(CallerError, match="give a layer of the model"):
             policy.handle(Gated("update", layer, np.zeros(shape, int)), 0)
     policy.handle(Finished(), 0)
     with pytest.raises(CallerError, match="micro-batch 0"):  # a step's table ends with it
         policy.handle(Began("update", 0), 1)
+    with pytest.raises(CallerError, match="all layers' copies"):
+        Policy(msgspec.structs.replace(SHAPE, ring=1)).handle(Gated("update", 0, nothing[0, 0]), 0)
+    quota = np.array([[0, 0, 0, e, 1, 9] for e in (0, 1, 2, 6, 7)])
+    policy = Policy(msgspec.structs.replace(SHAPE, ring=2))
+    with pytest.raises(CallerError, match="5 copies of one layer on a rank that has 4 frames"):
+        policy.handle(Planned(policy.homes_LE, quota, np.full((LAYERS, 1), 45)), 0)
 
 
-@pytest.mark.parametrize("bad", [{"layers": 0}, {"experts": 0}, {"ranks": 0}, {"slots": -1}])
-def test_settings_are_checked(bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [{"layers": 0}, {"experts": 0}, {"ranks": 0}, {"slots": -1}, {"ring": 3}, {"ranks_per_node": 4}, {"update": "usb"}],
+)
+def test_settings_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(CallerError, match=next(iter(bad))):
         Settings(**{"layers": 1, "experts": 4, "ranks": 2, **bad})

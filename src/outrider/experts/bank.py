@@ -10,67 +10,58 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from outrider.errors import LawBroken
 from outrider.experts.canonical import Key, Sums, wide
+from outrider.experts.copies import Copies, Weights
 from outrider.experts.events import Array
 
-Weights = tuple[Tensor, Tensor]  # gate_up [2 * inner, hidden], down [hidden, inner]
 Blocks = Mapping[int, Sequence[tuple[int, int]]]  # expert -> (number, rows) of each of its blocks computed here
 
 
-class Bank(nn.Module):
-    """The experts of one layer that this rank holds: homes as parameters, copies as plain tensors in spare slots.
+def inside_backward() -> bool:
+    """Whether a backward pass runs now: activations are computed again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
-    Only homes are parameters, so optimizers, clipping and state dicts never see a copy.
+
+class Bank(nn.Module):
+    """The experts of one layer that this rank holds: homes as parameters, by id, and copies in the rank's frames.
+
+    Only homes are parameters, so optimizers, clipping and state dicts never see a copy. `enter` and `leave` are called
+    around the layer's computing, with whether it is the backward pass.
     """
 
     def __init__(self, experts: nn.Module, homes_E: Array, rank: int, block_rows: int = 0) -> None:
         super().__init__()
-        mine = np.flatnonzero(homes_E == rank)
-        self.first, self.rank, self.homes_E, self.block_rows = (
-            int(mine[0]) if len(mine) else 0,
-            rank,
-            homes_E,
-            block_rows,
-        )
+        self.rank, self.block_rows, self.layer = rank, block_rows, 0
         self.sums = Sums()  # in bitwise mode: gradients by expert, homes and copies alike
         self.act: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
-        index = torch.from_numpy(mine)
+        self.settle_at(homes_E)
+        index = torch.from_numpy(np.flatnonzero(homes_E == rank))
         self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[index].clone())  # type: ignore[operator]
         self.down_proj = nn.Parameter(experts.down_proj.detach()[index].clone())  # type: ignore[operator]
-        self.numel = self.gate_up_proj.shape[1:].numel() + self.down_proj.shape[1:].numel()  # of one expert
+        self.shapes = self.gate_up_proj.shape[1:], self.down_proj.shape[1:]
+        self.numel = sum(shape.numel() for shape in self.shapes)  # of one expert
         self.computed = 0
-        self._slots: list[Weights | None] = []
-        self._resident: dict[int, int] = {}  # expert -> slot
+        self.copies: Copies | None = None
+        self.enter: Callable[[bool], None] = lambda _: None
+        self.leave: Callable[[bool], None] = lambda _: None
         self._returned: dict[tuple[int, int], Tensor] = {}  # (expert, rank of the copy) -> flat gradient, wide
 
-    def resize(self, slots: int) -> None:
-        """Empty all slots; from now on there are `slots` of them."""
-        self._slots, self._resident = [None] * slots, {}
+    def settle_at(self, homes_E: Array) -> None:
+        """Experts live there from now on; the caller brings parameters along."""
+        self.homes_E = homes_E
+        self.row_of = {expert: row for row, expert in enumerate(np.flatnonzero(homes_E == self.rank).tolist())}
 
     def weights_of(self, expert: int) -> Tensor:
         """A home expert's weights, flat, to be sent."""
-        at = expert - self.first
-        return torch.cat([self.gate_up_proj.detach()[at].reshape(-1), self.down_proj.detach()[at].reshape(-1)])
+        return torch.cat([parameter.detach()[self.row_of[expert]].reshape(-1) for parameter in self.parameters()])
 
-    def fill(self, slot: int, expert: int, flat: Tensor) -> None:
-        """A copy has arrived: it takes the slot, with no gradient yet."""
-        up, down = self.gate_up_proj.shape[1:], self.down_proj.shape[1:]
-        gate_up, out = torch.split(flat, [up.numel(), down.numel()])
-        pair = (gate_up.view(up).requires_grad_(), out.view(down).requires_grad_())
-        self._resident = {e: s for e, s in self._resident.items() if s != slot} | {expert: slot}
-        self._slots[slot] = pair
-
-    def take_parts(self, expert: int) -> list[tuple[Key, Tensor]]:
-        """Bitwise mode: the parts of a copy's gradient, which are this rank's no longer."""
-        return sorted(self.sums.nodes.pop(expert, {}).items(), key=lambda item: item[0])
-
-    def take_gradient(self, slot: int) -> Tensor:
-        """The slot's gradient, flat, fp32 at least; the slot's own is zero afterwards."""
-        flat = []
-        for weight in self._pair(slot):
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            flat.append(gradient.detach().reshape(-1))
-            weight.grad = None
-        return wide(torch.cat(flat))
+    def take_parts(self) -> list[tuple[int, Key, Tensor]]:
+        """Bitwise mode: the parts of copies' gradients (expert, key, value), which are this rank's no longer."""
+        away = sorted(expert for expert in self.sums.nodes if expert not in self.row_of)
+        return [
+            (expert, key, value)
+            for expert in away
+            for key, value in sorted(self.sums.nodes.pop(expert).items(), key=lambda item: item[0])
+        ]
 
     def keep_gradient(self, expert: int, rank: int, flat: Tensor) -> None:
         """A copy's gradient is home; it is added up per rank until `settle`."""
@@ -78,23 +69,22 @@ class Bank(nn.Module):
         self._returned[expert, rank] = flat if before is None else before + flat
 
     def settle(self) -> None:
-        """Home gradients = home's own, then the copies' by rank id, in fp32 at least; then all slots are empty."""
+        """Home gradients = home's own, then the copies' by rank id, in fp32 at least."""
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for (expert, _), flat in sorted(self._returned.items(), key=lambda item: item[0]):
             self._add_home(expert, flat)
-        for expert in np.flatnonzero(self.homes_E == self.rank).tolist() if self.sums.leaves_of else ():
+        for expert in self.row_of if self.sums.leaves_of else ():
             whole = self.sums.settle(expert)
             if whole is not None:
                 self._add_home(expert, whole)
         self.sums.clear()
         self._returned.clear()
-        self.resize(len(self._slots))
 
     def _add_home(self, expert: int, flat: Tensor) -> None:
-        at, begin = expert - self.first, 0
-        for parameter in (self.gate_up_proj, self.down_proj):
+        at, begin = self.row_of[expert], 0
+        for parameter in self.parameters():
             assert parameter.grad is not None
             part = flat[begin : begin + parameter[at].numel()].view(parameter[at].shape)
             parameter.grad[at] = (wide(parameter.grad[at]) + part).to(parameter.dtype)
@@ -105,29 +95,23 @@ class Bank(nn.Module):
 
         blocks  bitwise mode: the blocks that these rows fill, in their order; leaves_E: of how many in all
         """
-        sizes_E = received_RE.sum(0)
+        sizes_E = received_RE.sum(0).tolist()
         if torch.is_grad_enabled() and not rows.requires_grad:
             rows = rows.detach().requires_grad_()  # a rank without rows must take part in the backward exchange too
-        self.computed += int(sizes_E.sum())
         ranks, experts = received_RE.shape
         expert_of_row = torch.arange(experts).repeat(ranks).repeat_interleave(received_RE.view(-1))
-        by_expert = expert_of_row.argsort(stable=True)
+        by_expert = expert_of_row.argsort(stable=True).to(rows.device)
+        again = inside_backward()
+        self.computed += 0 if again else sum(sizes_E)
+        self.enter(again)
         if blocks is not None:
             computed: Tensor = _Blocks.apply(rows[by_expert], self, blocks, leaves_E)  # type: ignore[no-untyped-call]
-            return computed[by_expert.argsort()]
-        up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        results = []
-        for expert, some in enumerate(torch.split(rows[by_expert], sizes_E.tolist())):
-            if len(some) == 0:
-                continue
-            if self.homes_E[expert] == self.rank:
-                gate_up, out = up[expert - self.first], down[expert - self.first]
-            else:
-                gate_up, out = self._pair(self._slot_of(expert))
-            results.append(F.linear(self.inner(F.linear(some, gate_up)), out))
-        if not results:
-            return rows  # no rows, but the exchange behind them still has its place in the backward pass
-        return torch.cat(results)[by_expert.argsort()]
+        else:
+            runs = [(expert, n) for expert, n in enumerate(sizes_E) if n]
+            computed = _Experts.apply(rows[by_expert], self.gate_up_proj, self.down_proj, self, runs)  # type: ignore[no-untyped-call]
+        if not again:
+            self.leave(False)
+        return computed[by_expert.argsort()]
 
     def inner(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -135,22 +119,62 @@ class Bank(nn.Module):
 
     def weights(self, expert: int) -> Weights:
         """The weights of an expert that this rank holds, home or copy."""
-        if self.homes_E[expert] == self.rank:
-            at = expert - self.first
-            return self.gate_up_proj.detach()[at], self.down_proj.detach()[at]
-        gate_up, down = self._pair(self._slot_of(expert))
-        return gate_up.detach(), down.detach()
+        row = self.row_of.get(expert)
+        if row is not None:
+            return self.gate_up_proj.detach()[row], self.down_proj.detach()[row]
+        if self.copies is None:
+            raise LawBroken(6, f"tokens of layer {self.layer}, expert {expert} came to a rank that does not hold it")
+        return self.copies.enter(self.layer, expert)
 
-    def _slot_of(self, expert: int) -> int:
-        if expert not in self._resident:
-            raise LawBroken(6, f"rank {self.rank} was sent tokens of expert {expert}, which it does not hold")
-        return self._resident[expert]
 
-    def _pair(self, slot: int) -> Weights:
-        pair = self._slots[slot]
-        if pair is None:
-            raise LawBroken(6, f"rank {self.rank} was asked for slot {slot}, which is empty")
-        return pair
+class _Experts(torch.autograd.Function):
+    """Experts on rows that lie by expert, `runs` (expert, rows). Weights are looked up anew in the backward pass.
+
+    A copy may have left its frame and come back in between. Its gradient goes to the frame, a home's to its parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, bank: Bank, runs: list[tuple[int, int]]) -> Tensor:
+        hidden = rows.new_empty((len(rows), up.shape[1]))
+        results, begin = torch.empty_like(rows), 0
+        for expert, n in runs:
+            gate_up, out = bank.weights(expert)
+            some = slice(begin, begin + n)
+            hidden[some] = F.linear(rows[some], gate_up)
+            results[some] = F.linear(bank.inner(hidden[some]), out)
+            begin += n
+        ctx.save_for_backward(rows, hidden)
+        ctx.bank, ctx.runs = bank, runs
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (rows, hidden), bank, runs = ctx.saved_tensors, ctx.bank, ctx.runs
+        bank.enter(True)
+        learns = ctx.needs_input_grad[1] and any(expert in bank.row_of for expert, _ in runs)
+        home = [torch.zeros_like(p) if learns else None for p in (bank.gate_up_proj, bank.down_proj)]
+        back, begin = torch.empty_like(rows), 0
+        for expert, n in runs:
+            gate_up, down = bank.weights(expert)
+            some = slice(begin, begin + n)
+            x, dy = rows[some], gradients[0][some]
+            with torch.enable_grad():
+                h = hidden[some].detach().requires_grad_()
+                inner = bank.inner(h)
+                (dh,) = torch.autograd.grad(inner, h, dy @ down)
+            back[some] = dh @ gate_up
+            if bank.gate_up_proj.requires_grad:
+                parts = dh.T @ x, dy.T @ inner.detach()
+                if expert in bank.row_of:
+                    for whole, part in zip(home, parts, strict=True):
+                        assert whole is not None
+                        whole[bank.row_of[expert]] = part
+                else:
+                    assert bank.copies is not None
+                    bank.copies.add_gradient(bank.layer, expert, *parts)
+            begin += n
+        bank.leave(True)
+        return back, home[0], home[1], None, None
 
 
 class _Blocks(torch.autograd.Function):
@@ -160,10 +184,11 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, bank: Bank, blocks: Blocks, leaves_E: list[int]) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.bank, ctx.blocks, ctx.leaves_E = bank, blocks, leaves_E
-        ctx.weights = {expert: bank.weights(expert) for expert in blocks}
         results, begin = torch.empty_like(rows), 0
         for expert, mine in blocks.items():
-            gate_up, down = (weight.clone() for weight in ctx.weights[expert])  # alignment changes a product's bits too
+            gate_up, down = (
+                weight.clone() for weight in bank.weights(expert)
+            )  # alignment changes a product's bits too
             for _, size in mine:
                 x = _padded(rows[begin : begin + size], bank.block_rows)
                 results[begin : begin + size] = F.linear(bank.inner(F.linear(x, gate_up)), down)[:size]
@@ -174,10 +199,11 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (rows,), bank = ctx.saved_tensors, ctx.bank
         learns = bank.gate_up_proj.requires_grad
+        bank.enter(True)
         serial = bank.sums.begin(ctx.leaves_E) if learns else -1
         back, begin = torch.empty_like(rows), 0
         for expert, mine in ctx.blocks.items():
-            gate_up, down = (weight.clone() for weight in ctx.weights[expert])
+            gate_up, down = (weight.clone() for weight in bank.weights(expert))
             for number, size in mine:
                 x, dy = (_padded(t[begin : begin + size], bank.block_rows) for t in (rows, gradients[0]))
                 with torch.enable_grad():
@@ -190,8 +216,9 @@ class _Blocks(torch.autograd.Function):
                     bank.sums.add(expert, serial, 0, number, torch.cat([part.reshape(-1) for part in parts]))
                 begin += size
         if learns:
-            for expert in np.flatnonzero(bank.homes_E == bank.rank).tolist():
+            for expert in bank.row_of:
                 bank.sums.fold(expert)
+        bank.leave(True)
         return back, None, None, None
 
 

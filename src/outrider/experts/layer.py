@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from outrider.errors import CallerError
-from outrider.experts.bank import Bank, Blocks, Weights
+from outrider.experts.bank import Bank, Blocks, inside_backward
 from outrider.experts.canonical import CHUNK, Combine, Dispatch, ExactRouter, Sums
 from outrider.experts.events import Array
 
@@ -62,11 +62,14 @@ class SpreadBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         everything = hidden_states.reshape(-1, hidden_states.shape[-1])
         real = torch.arange(len(everything)) if self.real is None else self.real.nonzero().view(-1)
+        real = real.to(everything.device)
         tokens, exact = everything[real], self.experts.block_rows > 0
         route = self._route_exactly if exact else self._route
-        chosen, weights = route(tokens, None if self.routes is None else self.routes[real])
+        routes = None if self.routes is None else self.routes.to(everything.device)[real]
+        chosen, weights = route(tokens, routes)
+        chosen = chosen.cpu()  # who computes what is found out on the host, which must know all sizes anyway
         top_k, count_E = chosen.shape[1], torch.bincount(chosen.reshape(-1), minlength=len(self.homes))
-        if torch._C._current_graph_task_id() == -1:  # not when activations are computed again, inside a backward pass
+        if not inside_backward():  # else activations are computed again
             self.seen_E += count_E
         counts_RE = self._gathered(count_E) if exact or self.ask else None
         if self.ask and counts_RE is not None and not self.asked:
@@ -82,6 +85,7 @@ class SpreadBlock(nn.Module):
             dist.all_to_all_single(received_RE, sent_RE, group=self.group)
         send, receive = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
 
+        order = order.to(tokens.device)
         rows: Tensor = Dispatch.apply(tokens, order, top_k)  # type: ignore[no-untyped-call]
         arrived = _exchange(rows, send, receive, self.group)
         returned = _exchange(self.experts(arrived, received_RE, blocks, leaves_E), receive, send, self.group)
@@ -90,7 +94,7 @@ class SpreadBlock(nn.Module):
         result = torch.zeros_like(everything).index_copy(0, real, total.to(everything.dtype)).view_as(hidden_states)
         return result if self.shared_experts is None else result + self.shared_experts(hidden_states)
 
-    def _route(self, tokens: Tensor, routes: Tensor | None) -> Weights:
+    def _route(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Expert ids [T, top_k] and their weights, from the live probabilities (router gradients stay whole)."""
         logits, weights, chosen = self.gate(tokens)
         if routes is None:
@@ -99,7 +103,7 @@ class SpreadBlock(nn.Module):
         chosen = torch.where(recorded, routes.to(chosen.dtype), chosen)
         return chosen, weights_of(self.gate, logits, chosen).to(weights.dtype)
 
-    def _route_exactly(self, tokens: Tensor, routes: Tensor | None) -> Weights:
+    def _route_exactly(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `_route`, in pieces of CHUNK tokens, the last one padded, so that a row's bits are its own."""
         tokens_R = self._gathered(torch.tensor([len(tokens)]))
         first, weight = int(tokens_R[: self.group.rank()].sum()), self.gate.weight

@@ -1,16 +1,20 @@
-"""Move: carries out what the policy of experts says, over torch.distributed, and reports how micro-steps ended.
+"""Move: carries out what the policy of experts says, over torch.distributed, and reports how passes ended.
 
-Decides nothing. Commands are written to the journal and compared between ranks before any byte moves; every exchange
-is one all-to-all whose sizes and order follow from the plan alone, in a process group of its own, so that weights
-can never interleave with tokens and no rank waits for one that does not come (law 7). A rank that has nothing to
-send takes part too. A dead rank ends the exchange with an error on all others, at the latest after the group's
-time-out. Without foresight each layer asks for its plan when its gate has decided, in the middle of the forward pass.
+Decides nothing. Commands are written to the journal and compared between ranks before any byte moves. Transfers run on
+a lane of their own (lane.py) beside compute, with a process group of their own, so that weights never interleave with
+tokens; each exchange is one all-to-all, in an order that follows from the plan alone, and a rank that has nothing to
+send takes part too. So no rank waits for one that does not come (law 7): compute waits only for transfers whose start
+lies before it in everyone's order of visits. A dead or silent rank ends all others' waits within the time-out.
+Without foresight each layer asks for its plan when its gate has decided, in the middle of the forward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
+from time import perf_counter
 from typing import assert_never
 
 import msgspec
@@ -19,31 +23,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from outrider.errors import LawBroken, WorldError
-from outrider.experts.canonical import Key
+from outrider.errors import CallerError, LawBroken, WorldError
+from outrider.experts.copies import Copies
 from outrider.experts.events import (
+    CANCEL,
+    DIRECT,
+    HOST,
+    RETURN,
+    WANT,
     Array,
     Began,
+    Carry,
     Command,
     Event,
-    Fetch,
     Finished,
     Foreseen,
     Gated,
+    Pass,
+    Planned,
     Ran,
     Release,
-    ReturnGradients,
+    Relocate,
+    Share,
     Stage,
     Tally,
     Use,
     UseLayer,
 )
+from outrider.experts.exchange import Exchange, settle_sums
+from outrider.experts.lane import Lane, Span
 from outrider.experts.layer import SpreadBlock
+from outrider.experts.owners import relocate
 from outrider.experts.policy import Policy
+from outrider.experts.schedule import StepPlan
+from outrider.experts.shared import Shared
+from outrider.experts.turns import Batch, Turns
 from outrider.journal import Journal, array_digest
 
+WORDS = {RETURN: "gradients", DIRECT: "weights, rank to rank", HOST: "weights, host"}
 KIND = 16  # bytes for an event's name
-Part = tuple[int, int, int, Key, Tensor]  # destination, layer, owner, place in the sum, value
 
 
 @contextmanager
@@ -64,44 +82,92 @@ def watched(doing: str) -> Iterator[None]:
 class Mover:
     """One rank's hands.
 
-    blocks   the model's MoE blocks by layer, from `layer.spread`
-    group    process group for weights and gradients, used by nothing else
-    journal  NAME.jsonl to write; None: no journal
-    After a step: computed_MLR token-slots computed by micro-step, layer and rank; sent_bytes of this rank;
+    blocks      the model's MoE blocks by layer, from `layer.spread`
+    control     process group (gloo for tensors on the host) for what ranks tell each other; used by nothing else
+    lane        process group for weights and gradients, used by nothing else
+    journal     NAME.jsonl to write; None: no journal
+    watchdog_s  no transfer takes longer
+    timeline    whether `spans` gets what happened when
+    After a step: computed_MLR token-slots computed by forward pass, layer and rank; sent_bytes of this rank;
     copies_moved over all ranks; unforeseen, absent as in `Tally`.
     """
 
     def __init__(
-        self, policy: Policy, blocks: Sequence[SpreadBlock], group: dist.ProcessGroup, journal: Path | None = None
+        self,
+        policy: Policy,
+        blocks: Sequence[SpreadBlock],
+        control: dist.ProcessGroup,
+        lane: dist.ProcessGroup,
+        journal: Path | None = None,
+        *,
+        watchdog_s: float = 600.0,
+        timeline: bool = False,
     ) -> None:
-        self.policy, self.blocks, self.group, self.rank = policy, blocks, group, group.rank()
+        self.policy, self.blocks, self.control = policy, blocks, control
+        self.rank = control.rank()
         self.journal = None if journal is None else Journal(journal, "experts", policy.settings, self.rank)
         self.now = 0
-        self.sent_bytes = self.copies_moved = self.unforeseen = self.absent = 0
+        self.copies_moved = self.unforeseen = self.absent = 0
         self.computed_MLR: list[Array] = []
+        self.spans: list[Span] | None = [] if timeline else None
+        self.optimizer: torch.optim.Optimizer | None = None
         self._encoder = msgspec.json.Encoder(enc_hook=array_digest)
-        self.exact = blocks[0].experts.block_rows > 0
-        for block in blocks:
-            block.experts.resize(policy.settings.slots)
+        like = blocks[0].experts.gate_up_proj.detach()
+        self.exact, self.dtype = blocks[0].experts.block_rows > 0, like.dtype
+        self.copies = Copies(policy.settings.frames, blocks[0].experts.shapes, like)
+        self.shared = Shared(control, policy.settings.nodes, self.copies.numel, like)
+        self.exchange = Exchange(lane, self.copies.numel, like)
+        self.lane = Lane(like.device, watchdog_s, self.spans)
+        self.turns = Turns(len(blocks))
+        self._since_s, self._several = 0.0, False
+        for layer, block in enumerate(blocks):
+            bank = block.experts
+            if bank.shapes != blocks[0].experts.shapes or bank.gate_up_proj.dtype != self.dtype:
+                raise CallerError(f"layer {layer}: experts of {bank.shapes}. Give a model with experts of one shape.")
+            bank.layer, bank.copies = layer, self.copies
+            bank.enter, bank.leave = partial(self._enter, layer), partial(self._leave, layer)
 
-    def foresee(self, counts_MLRE: Array) -> None:
+    @property
+    def sent_bytes(self) -> int:
+        """Weights and gradients that this rank sent to others."""
+        return self.exchange.sent_bytes
+
+    def foresee(self, counts_MLRE: Array, passes: Sequence[Pass] = ()) -> None:
         """A new RL step begins; its load is known."""
         self.begin()
-        self._tell(Foreseen(counts_MLRE))
+        self._tell(Foreseen(counts_MLRE, tuple(passes)))
+
+    def follow(
+        self, plan: StepPlan, passes: Sequence[Pass] = (), optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """A new RL step begins, with this plan. optimizer: whose state goes along where experts change their homes."""
+        self.begin()
+        self.optimizer = optimizer
+        homes, quota = plan.homes.astype(np.int64), plan.quota.astype(np.int64)
+        self._tell(Planned(homes, quota, plan.most.astype(np.int64), tuple(passes)))
 
     def begin(self) -> None:
         """A new RL step begins, and nothing is known of its load: `react` instead of `micro_step`."""
         self.now, self.computed_MLR = 0, []
+        self.turns.begin()
 
     @contextmanager
-    def micro_step(self, stage: Stage, batch: int) -> Iterator[None]:
-        """Forward (and, in the update stage, backward) of one micro-batch goes inside."""
+    def micro_step(self, stage: Stage, batch: int, several: bool = False) -> Iterator[None]:
+        """A pass over one micro-batch goes inside.
+
+        several  the model runs more than once inside: nothing is fetched for what follows until the end
+        """
+        self._several = several
         self._tell(Began(stage, batch))
-        self._reset()
-        with watched(f"micro-step {self.now}"):
+        if stage != "backward":
+            self._reset()
+        with watched(f"pass {self.now}"):
             yield
-        seen_LRE = self._gather_load()
-        self._tell(Ran(batch, seen_LRE, self.computed_MLR[-1]))
+        self.turns.end_pass()
+        self._start()
+        if stage != "backward":
+            seen_LRE = self._gather_load()
+            self._tell(Ran(batch, seen_LRE, self.computed_MLR[-1]))
         self.now += 1
 
     @contextmanager
@@ -112,13 +178,49 @@ class Mover:
             block.asked = False
             block.ask = lambda counts_RE, layer=layer: self._tell(Gated(stage, layer, counts_RE))
         try:
-            with watched(f"micro-step {self.now}"):
+            with watched(f"pass {self.now}"):
                 yield
         finally:
             for block in self.blocks:
                 block.ask = None
         self._gather_load()
         self.now += 1
+
+    def finish(self) -> None:
+        """All gradients home; call it before anything reads gradients or changes weights."""
+        self._tell(Finished())
+
+    def close(self) -> None:
+        """Let go of the lane, of shared memory and of the journal."""
+        self.lane.close()
+        self.shared.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _enter(self, layer: int, backward: bool) -> None:
+        """A layer's turn: wait for its copies."""
+        self._since_s = perf_counter()
+        self.lane.wait(self.turns.enter(layer, backward))
+        self._note("wait", layer)
+
+    def _leave(self, layer: int, backward: bool) -> None:
+        """The turn is over: what waited for that may start."""
+        self.copies.leave(layer)
+        self._note("backward" if backward else "forward", layer)
+        self.turns.leave(layer, backward)
+        self._start()
+
+    def _start(self, everything: bool = False) -> None:
+        """Put on the lane what may start by now."""
+        for batch in self.turns.ready(everything):
+            if batch.kind != HOST or batch.copies:  # nobody waits for a rank that pulls nothing
+                self.turns.started(batch, self.lane.put(WORDS[batch.kind], partial(self._carry, batch)))
+
+    def _note(self, what: str, layer: int) -> None:
+        now_s = perf_counter()
+        if self.spans is not None:
+            self.spans.append(Span(what, layer, self._since_s, now_s))
+        self._since_s = now_s
 
     def _reset(self) -> None:
         for block in self.blocks:
@@ -127,21 +229,13 @@ class Mover:
 
     def _gather_load(self) -> Array:
         mine = torch.stack([torch.cat([b.seen_E, torch.tensor([b.experts.computed])]) for b in self.blocks])
-        gathered = [torch.empty_like(mine) for _ in range(self.group.size())]
+        gathered = [torch.empty_like(mine) for _ in range(self.control.size())]
         with watched("counting what was computed"):
-            dist.all_gather(gathered, mine, group=self.group)
+            dist.all_gather(gathered, mine, group=self.control)
         seen_LRE = torch.stack(gathered, dim=1).numpy()
         self.computed_MLR.append(seen_LRE[:, :, -1].copy())
         seen: Array = seen_LRE[:, :, :-1].copy()
         return seen
-
-    def finish(self) -> None:
-        """All gradients home; call it before anything reads gradients or changes weights."""
-        self._tell(Finished())
-
-    def close(self) -> None:
-        if self.journal is not None:
-            self.journal.close()
 
     def _tell(self, event: Event) -> None:
         commands = self.policy.handle(event, self.now)
@@ -150,138 +244,125 @@ class Mover:
         self._agree(event, commands)
         for command in commands:
             with watched(f"carrying out {type(command).__name__}"):
-                self._carry_out(command)
+                self._carry_out(event, command)
 
     def _agree(self, event: Event, commands: Sequence[Command]) -> None:
         """Law 7, checked on every event: all ranks were told the same and concluded the same, before a byte moves."""
         said = self._encoder.encode((self.now, event, commands))
         kind = type(event).__name__.encode().ljust(KIND)
         mine = torch.frombuffer(bytearray(kind + blake2b(said, digest_size=16).digest()), dtype=torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        everyone = [torch.empty_like(mine) for _ in range(self.control.size())]
         with watched("agreeing on a plan"):
-            dist.all_gather(everyone, mine, group=self.group)
+            dist.all_gather(everyone, mine, group=self.control)
         for rank, other in enumerate(everyone):
             if not torch.equal(other, mine):
                 theirs = bytes(other[:KIND].tolist()).decode().strip()
                 raise LawBroken(
                     7,
-                    f"in micro-step {self.now} rank {self.rank} is at {type(event).__name__}, rank {rank} at {theirs},"
+                    f"in pass {self.now} rank {self.rank} is at {type(event).__name__}, rank {rank} at {theirs},"
                     " with other tables, micro-batches or plans. Give every rank the same step, and start all again",
                 )
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, event: Event, command: Command) -> None:
         match command:
-            case ReturnGradients(rows) if self.exact:
-                parts = [
-                    (home, layer, expert, key, value)
-                    for layer, expert, rank, _, home in rows.tolist()
-                    if rank == self.rank
-                    for key, value in self.blocks[layer].experts.take_parts(expert)
-                ]
-                for layer, expert, key, value in self._ship_parts(parts):
-                    self.blocks[layer].experts.sums.add(expert, *key, value)
-            case ReturnGradients(rows):
-                hops = [(rank, home, layer, expert, slot) for layer, expert, rank, slot, home in rows.tolist()]
-                self._ship(
-                    hops,
-                    lambda layer, _, slot: self.blocks[layer].experts.take_gradient(slot),
-                    lambda layer, expert, _, rank, flat: self.blocks[layer].experts.keep_gradient(expert, rank, flat),
-                    self._wide(),
-                )
-            case Fetch(rows):
-                hops = [(src, dst, layer, expert, slot) for layer, expert, src, dst, slot in rows.tolist()]
-                self._ship(
-                    hops,
-                    lambda layer, expert, _: self.blocks[layer].experts.weights_of(expert),
-                    lambda layer, expert, slot, _, flat: self.blocks[layer].experts.fill(slot, expert, flat),
-                    self._dtype(),
-                )
-                self.copies_moved += len(hops)
-            case Use(_, quotas, _):
+            case Carry(rows):
+                self._queue(rows)
+                if isinstance(event, Gated):  # the layer waits for it
+                    self._start()
+                    self.lane.drain()
+            case Use(visit, expected, quotas, _):
+                assert isinstance(event, Began)
+                self.turns.begin_pass(event.stage, visit, self._several)
+                self._start()
+                if not expected:
+                    self.lane.drain()
+                ends = np.searchsorted(quotas[:, 0], np.arange(len(self.blocks) + 1))
                 for layer, block in enumerate(self.blocks):
-                    block.use(quotas[quotas[:, 0] == layer][:, 1:])
-            case UseLayer(layer, _, quotas, _):
+                    block.use(quotas[ends[layer] : ends[layer + 1], 1:])
+            case UseLayer(layer, quotas, _):
                 self.blocks[layer].use(quotas[:, 1:])
+            case Relocate(rows, homes_LE):
+                relocate(self.blocks, rows, homes_LE, self.optimizer, self.control)
+            case Share(rows):
+                self._share(rows)
             case Tally(unforeseen, absent):
                 self.unforeseen += unforeseen
                 self.absent += absent
             case Release():
-                if self.exact:
-                    self._settle_routers()
-                for block in self.blocks:
-                    block.experts.settle()
-                    block.use(np.zeros((0, 4), dtype=np.int64))  # outside of a step everything is computed at home
+                self._release()
             case _:
                 assert_never(command)
 
-    def _ship(
-        self,
-        hops: Sequence[tuple[int, int, int, int, int]],
-        pack: Callable[[int, int, int], Tensor],
-        unpack: Callable[[int, int, int, int, Tensor], None],
-        dtype: torch.dtype,
-    ) -> None:
-        """One all-to-all for all hops (src, dst, layer, expert, slot), in their order within each pair of ranks."""
-        ranks = range(self.group.size())
-        size = [self.blocks[layer].experts.numel for _, _, layer, _, _ in hops]
-        send = [sum(n for n, hop in zip(size, hops, strict=True) if hop[:2] == (self.rank, r)) for r in ranks]
-        receive = [sum(n for n, hop in zip(size, hops, strict=True) if hop[:2] == (r, self.rank)) for r in ranks]
-        parts = [pack(*hop[2:]) for r in ranks for hop in hops if hop[:2] == (self.rank, r)]
-        outgoing = torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
-        arrived = torch.empty(sum(receive), dtype=dtype)
-        dist.all_to_all_single(arrived, outgoing, receive, send, group=self.group)
-        self.sent_bytes += outgoing.nbytes
-        begin = 0
-        for src, _, layer, expert, slot in (hop for r in ranks for hop in hops if hop[:2] == (r, self.rank)):
-            end = begin + self.blocks[layer].experts.numel
-            unpack(layer, expert, slot, src, arrived[begin:end].clone())
-            begin = end
+    def _queue(self, rows: Array) -> None:
+        """Batches of a Carry; what this rank will hold is planned, cancelled and wanted at once."""
+        for (after, by, kind), group in groupby(rows.tolist(), key=lambda row: row[:3]):
+            some = [row[3:] for row in group]
+            mine = [row for row in some if row[3] == self.rank]
+            if kind in (CANCEL, WANT):
+                for layer, expert, *_ in mine:
+                    self.copies.turn(layer, expert, "cancel" if kind == CANCEL else "want")
+                continue
+            fetches = kind in (DIRECT, HOST)
+            copies = [self.copies.plan(layer, expert, frame) for layer, expert, _, _, frame in mine if fetches]
+            self.turns.queue(Batch(after, by, kind, some, copies))
+            self.copies_moved += len(some) * fetches
 
-    def _ship_parts(self, parts: Sequence[Part]) -> list[tuple[int, int, Key, Tensor]]:
-        """Bitwise mode: (layer, owner, key, value) from all ranks. How many come is told first; all take part."""
-        parts = sorted(parts, key=lambda part: part[0])
-        ranks = self.group.size()
-        flat = [value.reshape(-1) for *_, value in parts]
-        heads = [[layer, owner, *key, len(f)] for (_, layer, owner, key, _), f in zip(parts, flat, strict=True)]
-        sizes_R2 = torch.zeros((ranks, 2), dtype=torch.int64)
-        for (dst, *_), f in zip(parts, flat, strict=True):
-            sizes_R2[dst] += torch.tensor([1, len(f)])
-        theirs_R2 = torch.empty_like(sizes_R2)
-        dist.all_to_all_single(theirs_R2, sizes_R2, group=self.group)
-        arrived = []
-        for column, out in enumerate((torch.tensor(heads, dtype=torch.int64).view(-1, 6), _joined(flat, self._wide()))):
-            send, receive = sizes_R2[:, column].tolist(), theirs_R2[:, column].tolist()
-            arrived.append(out.new_empty((sum(receive), *out.shape[1:])))
-            dist.all_to_all_single(arrived[-1], out, receive, send, group=self.group)
-        self.sent_bytes += sum(f.nbytes for (dst, *_), f in zip(parts, flat, strict=True) if dst != self.rank)
-        rows = arrived[0].tolist()
-        values = torch.split(arrived[1], [row[5] for row in rows])
-        return [(row[0], row[1], (row[2], row[3], row[4]), v.clone()) for row, v in zip(rows, values, strict=True)]
+    def _carry(self, batch: Batch) -> None:
+        """On the lane: one exchange."""
+        with watched(f"moving {WORDS[batch.kind]}"):
+            if batch.kind == HOST:
+                for copy in batch.copies:
+                    self.shared.pull(copy.layer, copy.expert, self.copies.start(copy))
+                    self.copies.end(copy)
+            elif batch.kind == RETURN:
+                self._bring_home(batch.rows)
+            else:
+                into = {(copy.layer, copy.expert): self.copies.start(copy) for copy in batch.copies}
+                hops = [(src, dst, layer, expert) for layer, expert, src, dst, _ in batch.rows]
+                for layer, expert, _, flat in self.exchange.experts(hops, self._weights_of, self.dtype):
+                    into[layer, expert].copy_(flat)
+                for copy in batch.copies:
+                    self.copies.end(copy)
 
-    def _settle_routers(self) -> None:
-        """Router gradients whole on rank 0 and zero elsewhere, so that the sum over ranks is right, to the bit."""
-        parts = [
-            (0, layer, 0, key, value)
-            for layer, block in enumerate(self.blocks)
-            for key, value in sorted(block.router_sums.nodes.pop(0, {}).items(), key=lambda item: item[0])
-        ]
-        for layer, _, key, value in self._ship_parts(parts):
-            self.blocks[layer].router_sums.add(0, *key, value)
+    def _weights_of(self, layer: int, expert: int) -> Tensor:
+        return self.blocks[layer].experts.weights_of(expert)
+
+    def _bring_home(self, rows: Sequence[Sequence[int]]) -> None:
+        """Gradients of copies that end. In bitwise mode they lie in the bank's sums, and go home with Release."""
+        if self.exact:
+            for layer, expert, src, _, _ in rows:
+                if src == self.rank:
+                    self.copies.take_gradient(layer, expert)
+            return
+        hops = [(src, dst, layer, expert) for layer, expert, src, dst, _ in rows]
+        for layer, expert, src, flat in self.exchange.experts(hops, self.copies.take_gradient, self.exchange.wide):
+            self.blocks[layer].experts.keep_gradient(expert, src, flat)
+
+    def _share(self, rows: Array) -> None:
+        """Homes put experts into the shared memory of each node that pulls them; beyond theirs a rank there does it."""
+        self.shared.begin(rows)
+        nodes_R = self.policy.settings.nodes
+        hops = []
+        for layer, expert, home, node in rows.tolist():
+            there = np.flatnonzero(nodes_R == node)
+            own = int((nodes_R[:home] == nodes_R[home]).sum())  # the home's number in its node: spreads the work
+            hops.append((home, home if nodes_R[home] == node else int(there[own % len(there)]), layer, expert))
+
+        def put() -> None:
+            for layer, expert, _, flat in self.exchange.experts(hops, self._weights_of, self.dtype):
+                self.shared.put(layer, expert, flat)
+
+        self.lane.put("weights into shared memory", put)
+        self.lane.drain()
+        with watched("sharing experts"):
+            dist.barrier(group=self.control)
+
+    def _release(self) -> None:
+        self._start(everything=True)
+        self.lane.drain()
+        if self.exact:
+            settle_sums(self.blocks, self.exchange)
+        self.copies.clear()
         for block in self.blocks:
-            weight: torch.nn.Parameter = block.gate.weight  # type: ignore[assignment]
-            whole = block.router_sums.settle(0) if self.rank == 0 and block.router_sums.leaves_of else None
-            if weight.requires_grad:
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                if whole is not None:
-                    weight.grad += whole.view(weight.shape).to(weight.dtype)
-            block.router_sums.clear()
-
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self._dtype(), torch.float32)
-
-    def _dtype(self) -> torch.dtype:
-        return self.blocks[0].experts.gate_up_proj.dtype
-
-
-def _joined(flat: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([f.to(dtype) for f in flat]) if flat else torch.empty(0, dtype=dtype)
+            block.experts.settle()
+            block.use(np.zeros((0, 4), dtype=np.int64))  # outside of a step everything is computed at home

@@ -1,50 +1,65 @@
 """Policy of experts: one object per rank, told the same events, reaching the same commands (law 7). Pure.
 
-It owns what lies in every spare slot of every rank and which of those copies carry gradients that are not home yet:
-
-    free -> (Fetch) -> ready -> (an update micro-step uses it) -> dirty -> (ReturnGradients) -> free or refilled
-
-A dirty slot is never refilled before its gradients have gone home, and after Finished nothing is held at all: the
-optimizer is about to change the weights, so a copy kept longer would be stale.
+It owns where every expert is at home, what lies in every frame of every rank, and which of those copies owe a gradient
+that is not home yet. Micro-steps are planned (`plan.py`, or a plan is given), then the passes over them are laid out
+as visits, and `frames.py` says which copy is carried when. An owing frame is never refilled before its gradient has
+gone home, and after Finished nothing is held at all: the optimizer is about to change the weights.
 """
 
-from typing import Any, TypeAlias, assert_never
+from collections.abc import Sequence
+from typing import Any, assert_never
 
 import msgspec
 import numpy as np
 
 from outrider.errors import CallerError
 from outrider.experts.events import (
+    DIRECT,
+    HOST,
+    RETURN,
     Array,
     Began,
+    Carry,
     Command,
     Event,
-    Fetch,
     Finished,
     Foreseen,
     Gated,
+    Pass,
+    Planned,
     Ran,
     Release,
-    ReturnGradients,
+    Relocate,
+    Share,
     Stage,
     Tally,
     Use,
     UseLayer,
 )
+from outrider.experts.frames import carry
 from outrider.experts.plan import contiguous_homes, plan
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
-
-Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+KINDS = {"direct": DIRECT, "host": HOST}
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Shape of the model and of the rank group. slots: spare expert slots per rank and layer; 0 turns balancing off."""
+    """Shape of the model and of the rank group.
+
+    slots           copies that a rank may use in each layer; 0 turns balancing off
+    ring            layers whose copies are held at once; 0: all, and one layer's more to fetch ahead
+    ranks_per_node  ranks that share host memory; 0: all
+    recompute, update  the path of weights in these stages: direct (rank to rank) or host (out of shared memory)
+    """
 
     layers: int
     experts: int
     ranks: int
     slots: int = 2
+    ring: int = 0
+    ranks_per_node: int = 0
+    recompute: str = "direct"
+    update: str = "direct"
 
     def __post_init__(self) -> None:
         for name in ("layers", "experts", "ranks"):
@@ -52,43 +67,63 @@ class Settings(msgspec.Struct, frozen=True):
                 raise CallerError(f"experts.{name}: {getattr(self, name)} is too few. Give 1 or more.")
         if self.slots < 0:
             raise CallerError(f"experts.slots: {self.slots} is negative. Give 0 (no balancing) or more.")
+        if not 0 <= self.ring <= self.layers + 1:
+            raise CallerError(f"experts.ring: {self.ring} layers. Give 1 to {self.layers + 1}, or 0 for all.")
+        if self.ranks_per_node and self.ranks % self.ranks_per_node:
+            raise CallerError(
+                f"experts.ranks_per_node: {self.ranks_per_node} does not divide {self.ranks} ranks. Give a divisor."
+            )
+        for name in ("recompute", "update"):
+            if getattr(self, name) not in KINDS:
+                raise CallerError(f"experts.{name}: {getattr(self, name)} is no path. Give direct or host.")
+
+    @property
+    def frames(self) -> int:
+        """Places for copies that a rank has, over all layers."""
+        return self.slots * (self.ring or self.layers + 1)
+
+    @property
+    def nodes(self) -> Array:
+        """[ranks] the node of each."""
+        nodes_R: Array = np.arange(self.ranks, dtype=np.int64) // (self.ranks_per_node or self.ranks)
+        return nodes_R
+
+
+class MicroStep(msgspec.Struct, frozen=True, eq=False):
+    """What is known of one micro-batch. needs [n, 3]: layer, rank, expert of every copy that computes tokens."""
+
+    quotas: Array
+    most_L: Array
+    needs: Array
 
 
 class Policy:
-    """Decides copies, token split and gradient returns of one RL step after another."""
+    """Decides copies, token split, transfers and gradient returns of one RL step after another."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.homes_E = contiguous_homes(settings.experts, settings.ranks)
+        homes_E = contiguous_homes(settings.experts, settings.ranks)
+        self.homes_LE = np.tile(homes_E, (settings.layers, 1))
+        shape = (settings.ranks, settings.frames)
+        self.page_RF = np.full(shape, -1, dtype=np.int64)  # layer * experts + expert
+        self.owes_RF, self.fresh_RF, self.cancelled_RF = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         self.counts_MLRE: Array | None = None
-        shape = (settings.layers, settings.ranks, settings.slots)
-        self.replicas_LRS = np.full(shape, -1, dtype=np.int64)
-        self.dirty_LRS = np.zeros(shape, dtype=np.bool_)
+        self.replicas_LRS = self._empty()
+        self._steps: list[MicroStep] = []
+        self._passes: tuple[Pass, ...] = ()
+        self._began = self._visits = 0  # passes begun, visits of theirs
+        self._coming: Pass = "update", 0  # what was fetched ahead for
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """Take one event of micro-step `now`; what the mover must do, in order."""
+        """Take one event of pass `now`; what the mover must do, in order."""
         match event:
-            case Foreseen(counts_MLRE):
-                self.counts_MLRE = self._checked(counts_MLRE)
-                return []
+            case Foreseen(counts_MLRE, passes):
+                self._anew(self._checked(counts_MLRE), passes)
+                return self._share()
+            case Planned(homes_LE, quota, most_LM, passes):
+                return [*self._take(homes_LE, quota, most_LM, passes), *self._share()]
             case Began(stage, batch):
-                step = plan(
-                    self._counts(batch),
-                    self.settings.slots,
-                    self.homes_E,
-                    self.replicas_LRS,
-                    ahead_HLE=self._ahead(stage, batch),
-                )
-                commands: list[Command] = []
-                refilled_LRS = self.replicas_LRS != step.replicas_LRS
-                self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
-                self.replicas_LRS = step.replicas_LRS
-                if stage == "update":
-                    self.dirty_LRS |= used(step.replicas_LRS, step.quotas, self.settings.experts)
-                if len(step.moves):
-                    commands.append(Fetch(step.moves))
-                commands.append(Use(step.replicas_LRS, step.quotas, step.most_L))
-                return commands
+                return self._begin(stage, batch)
             case Gated(stage, layer, counts_RE):
                 return self._react(stage, layer, counts_RE)
             case Ran(batch, seen_LRE, _):
@@ -96,34 +131,210 @@ class Policy:
                 unforeseen, absent = int(over_LRE.clip(min=0).sum()), int((-over_LRE).clip(min=0).sum())
                 return [Tally(unforeseen, absent)] if unforeseen or absent else []
             case Finished():
-                ending: list[Command] = []
-                self._return_gradients(self.dirty_LRS.copy(), ending)
-                self.replicas_LRS = np.full_like(self.replicas_LRS, -1)
-                self.counts_MLRE = None
-                return [*ending, Release()]
+                rank, frame = np.nonzero(self.owes_RF)
+                rows = self._returns(rank, frame, self._visits)
+                self.page_RF = np.full_like(self.page_RF, -1)
+                self.owes_RF, self.fresh_RF, self.cancelled_RF = (np.zeros_like(self.owes_RF) for _ in range(3))
+                self._anew(None, ())
+                return [*([Carry(rows)] if len(rows) else []), Release()]
             case _:
                 assert_never(event)
 
+    def _anew(self, counts_MLRE: Array | None, passes: tuple[Pass, ...]) -> None:
+        """A step begins, or is over."""
+        self.counts_MLRE, self._steps, self._passes = counts_MLRE, [], passes
+        self.replicas_LRS, self._began, self._visits = self._empty(), 0, 0
+        for stage, batch in passes:
+            self._counts(batch)
+            if stage == "backward" and ("forward", batch) not in passes[: passes.index((stage, batch))]:
+                raise CallerError(
+                    f"passes: backward of micro-batch {batch} has no forward before it. Give them in order."
+                )
+
+    def _take(self, homes_LE: Array, quota: Array, most_LM: Array, passes: tuple[Pass, ...]) -> list[Command]:
+        """A plan of the whole step is given: take it, and bring masters to where it has them at home."""
+        shape = self.settings
+        layers, steps = most_LM.shape
+        highest = (layers, steps, shape.ranks, shape.experts, shape.ranks)
+        if (
+            homes_LE.shape != self.homes_LE.shape
+            or layers != shape.layers
+            or not (homes_LE.min(initial=0) >= 0 and homes_LE.max(initial=0) < shape.ranks)
+            or (len(quota) and ((quota[:, :5] < 0).any() or (quota[:, :5].max(axis=0) >= highest).any()))
+        ):
+            raise CallerError(
+                f"plan: homes {homes_LE.shape}, {layers} layers. Give a plan of {shape.layers} layers,"
+                f" {shape.experts} experts, {shape.ranks} ranks."
+            )
+        counts_MLRE = np.zeros((steps, layers, shape.ranks, shape.experts), dtype=np.int64)
+        layer, step, source, expert, rank, tokens = quota.astype(np.int64).T
+        np.add.at(counts_MLRE, (step, layer, source, expert), tokens)
+        self._anew(counts_MLRE, passes)
+        moved = np.argwhere(homes_LE != self.homes_LE)
+        commands: list[Command] = []
+        if len(moved):
+            at = tuple(moved.T)
+            rows = np.column_stack([moved, self.homes_LE[at], homes_LE[at]])
+            self.homes_LE = homes_LE.astype(np.int64)
+            commands.append(Relocate(rows, self.homes_LE))
+        rows = np.column_stack([layer, expert, source, rank, tokens])
+        order = np.lexsort([*rows[:, 3::-1].T, step])
+        for m, some in enumerate(np.split(rows[order], np.searchsorted(step[order], np.arange(1, steps)))):
+            self._steps.append(MicroStep(some, most_LM[:, m].astype(np.int64), self._needs(some)))
+        return commands
+
+    def _begin(self, stage: Stage, batch: int) -> list[Command]:
+        self._counts(batch)
+        if self._began < len(self._passes) and self._passes[self._began] == (stage, batch):
+            coming: Sequence[Pass] = self._passes[self._began : self._began + 2]
+        else:  # not as told: take it as it comes
+            coming = [(stage, batch), *self._guess(stage, batch)]
+        first, length = self._visits, self._length(stage)
+        rows = self._carry(coming, first)
+        self._began, self._visits = self._began + 1, first + length
+        step = self._step(batch)
+        expected, self._coming = coming[0] == self._coming or not first, coming[-1]
+        return [*([Carry(rows)] if len(rows) else []), Use(first, expected, step.quotas, step.most_L)]
+
+    def _guess(self, stage: Stage, batch: int) -> list[Pass]:
+        """The pass that comes next where nobody told the order: the next micro-batch, after recompute the update."""
+        assert self.counts_MLRE is not None
+        if (stage, batch) in self._passes:
+            at = self._passes.index((stage, batch)) + 1
+            return list(self._passes[at : at + 1])
+        if stage in ("recompute", "update") and batch + 1 < len(self.counts_MLRE):
+            return [(stage, batch + 1)]
+        return [("update", 0)] if stage == "recompute" else []
+
+    def _length(self, stage: Stage) -> int:
+        return self.settings.layers * (2 if stage == "update" else 1)
+
+    def _carry(self, coming: Sequence[Pass], first: int) -> Array:
+        """Carry rows of the first of these passes, which begins with visit `first`; the next is fetched ahead for."""
+        layers, experts, ranks = self.settings.layers, self.settings.experts, self.settings.ranks
+        needs, backward = [], []
+        begin = first
+        for stage, batch in coming:
+            wanted = self._step(batch).needs
+            kind = KINDS[self.settings.recompute if stage == "recompute" else self.settings.update]
+            page = wanted[:, 0] * experts + wanted[:, 2]
+            if stage != "backward":
+                needs.append(np.column_stack([wanted[:, 1], begin + wanted[:, 0], page, np.full(len(page), kind)]))
+                backward += [0] * layers
+                begin += layers
+            if stage in ("update", "backward"):
+                visit = begin + layers - 1 - wanted[:, 0]
+                needs.append(np.column_stack([wanted[:, 1], visit, page, np.full(len(page), kind)]))
+                backward += [1] * layers
+                begin += layers
+        table = np.concatenate(needs).astype(np.int64)
+        table = table[np.lexsort(table[:, 2::-1].T)]
+        rows = carry(
+            self.page_RF,
+            self.owes_RF,
+            self.fresh_RF,
+            self.cancelled_RF,
+            np.searchsorted(table[:, 0], np.arange(ranks + 1)),
+            np.ascontiguousarray(table[:, 1:]),
+            self.homes_LE.reshape(-1),
+            np.array(backward, dtype=np.int64),
+            first,
+            self._length(coming[0][0]),
+        )
+        return self._sorted(rows)
+
+    def _sorted(self, rows: Array) -> Array:
+        """Pages become layer and expert; rows in the order in which they are carried."""
+        page = rows[:, 3].copy()
+        rows[:, 3], rows[:, 4] = page // self.settings.experts, page % self.settings.experts
+        ordered: Array = rows[np.lexsort(rows[:, ::-1].T)]
+        return ordered
+
+    def _share(self) -> list[Command]:
+        """Experts that this step will pull out of shared memory: each once in every node that pulls it."""
+        if "host" not in (self.settings.recompute, self.settings.update) or not self.settings.slots:
+            return []
+        assert self.counts_MLRE is not None
+        nodes = self.settings.nodes
+        wanted = np.concatenate([self._step(m).needs for m in range(len(self.counts_MLRE))])
+        rows = np.unique(np.column_stack([nodes[wanted[:, 1]], wanted[:, 0], wanted[:, 2]]), axis=0)
+        homes = self.homes_LE[rows[:, 1], rows[:, 2]]
+        return [Share(np.column_stack([rows[:, 1], rows[:, 2], homes, rows[:, 0]]))]
+
+    def _step(self, batch: int) -> MicroStep:
+        """Micro-batches are planned one after another, as far as they are asked for."""
+        while len(self._steps) <= batch:
+            m = len(self._steps)
+            step = plan(
+                self._counts(m), self.settings.slots, self.homes_LE, self.replicas_LRS, ahead_HLE=self._ahead(m)
+            )
+            self.replicas_LRS = step.replicas_LRS
+            quotas = step.quotas.astype(np.int64)
+            self._steps.append(MicroStep(quotas, step.most_L, self._needs(quotas)))
+        return self._steps[batch]
+
+    def _needs(self, quotas: Array) -> Array:
+        away = quotas[self.homes_LE[quotas[:, 0], quotas[:, 1]] != quotas[:, 3]]
+        needs: Array = np.unique(away[:, [0, 3, 1]], axis=0)
+        _, copies = np.unique(needs[:, :2], axis=0, return_counts=True)
+        if copies.max(initial=0) > self.settings.frames:
+            raise CallerError(
+                f"plan: {copies.max()} copies of one layer on a rank that has {self.settings.frames} frames."
+                " Plan with as many slots as the settings have, or set a larger ring."
+            )
+        return needs
+
     def _react(self, stage: Stage, layer: int, counts_RE: Array) -> list[Command]:
         """Plan one layer of this micro-step from what its gate has just decided."""
-        want = (self.settings.ranks, self.settings.experts)
-        if counts_RE.shape != want or not 0 <= layer < self.settings.layers:
-            raise CallerError(f"layer {layer}, counts {counts_RE.shape}: give a layer of the model, counts {want}.")
-        before_LRS = self.replicas_LRS[layer : layer + 1]
-        step = plan(counts_RE[None], self.settings.slots, self.homes_E, before_LRS)
-        commands: list[Command] = []
-        refilled_LRS = np.zeros_like(self.dirty_LRS)
-        refilled_LRS[layer] = before_LRS[0] != step.replicas_LRS[0]
-        self._return_gradients(self.dirty_LRS & refilled_LRS, commands)
-        self.replicas_LRS = self.replicas_LRS.copy()  # the old one may be part of a command
+        shape = self.settings
+        if counts_RE.shape != (shape.ranks, shape.experts) or not 0 <= layer < shape.layers:
+            raise CallerError(
+                f"layer {layer}, counts {counts_RE.shape}: give a layer of the model, counts"
+                f" {(shape.ranks, shape.experts)}."
+            )
+        if shape.ring and shape.ring < shape.layers:
+            raise CallerError(f"ring {shape.ring}: without foresight all layers' copies are held. Leave ring out.")
+        one = slice(layer, layer + 1)
+        step = plan(counts_RE[None], shape.slots, self.homes_LE[one], self.replicas_LRS[one])
+        self.replicas_LRS = self.replicas_LRS.copy()
         self.replicas_LRS[layer] = step.replicas_LRS[0]
-        if stage == "update":
-            self.dirty_LRS[layer] |= used(step.replicas_LRS, step.quotas, self.settings.experts)[0]
-        moves, quotas = step.moves.copy(), step.quotas.copy()
-        moves[:, 0] = quotas[:, 0] = layer
-        if len(moves):
-            commands.append(Fetch(moves))
-        return [*commands, UseLayer(layer, step.replicas_LRS[0], quotas, int(step.most_L[0]))]
+        quotas = step.quotas.astype(np.int64)
+        quotas[:, 0] = layer
+        rows = self._refill(layer, self._needs(quotas), stage == "update")
+        return [*([Carry(rows)] if len(rows) else []), UseLayer(layer, quotas, int(step.most_L[0]))]
+
+    def _refill(self, layer: int, needs: Array, backward: bool) -> Array:
+        """Carry rows that leave in a layer's frames its replicas, and no others."""
+        experts, rows = self.settings.experts, []
+        for rank in range(self.settings.ranks):
+            wanted = {layer * experts + expert for expert in self.replicas_LRS[layer, rank].tolist() if expert >= 0}
+            used = [layer * experts + expert for _, r, expert in needs.tolist() if r == rank]
+            pages = self.page_RF[rank]
+            stale = [f for f, page in enumerate(pages.tolist()) if page // experts == layer and page not in wanted]
+            owing = np.array([f for f in stale if self.owes_RF[rank, f]], dtype=np.int64)
+            rows.append(self._returns(np.full(len(owing), rank), owing, 0))
+            pages[stale] = -1
+            self.owes_RF[rank, stale] = 0
+            for page in sorted(wanted - set(pages.tolist())):
+                frame = int(np.flatnonzero(pages < 0)[0])
+                pages[frame] = page
+                home = self.homes_LE[layer, page % experts]
+                rows.append(np.array([[-1, 0, DIRECT, layer, page % experts, home, rank, frame]]))
+            if backward:
+                self.owes_RF[rank, np.isin(pages, used)] = 1
+        table = np.concatenate(rows)
+        ordered: Array = table[np.lexsort(table[:, ::-1].T)]
+        return ordered
+
+    def _returns(self, rank: Array, frame: Array, visit: int) -> Array:
+        """Carry rows that bring the gradients of these frames home, now."""
+        page = self.page_RF[rank, frame]
+        layer, expert = page // self.settings.experts, page % self.settings.experts
+        now = np.full(len(page), visit - 1)
+        home = self.homes_LE[layer, expert]
+        rows = np.column_stack([now, now + 1, np.full(len(page), RETURN), layer, expert, rank, home, frame])
+        ordered: Array = rows[np.lexsort(rows[:, ::-1].T)].astype(np.int64)
+        return ordered
 
     def _checked(self, counts_MLRE: Array) -> Array:
         want = (self.settings.layers, self.settings.ranks, self.settings.experts)
@@ -138,29 +349,11 @@ class Policy:
         counts_LRE: Array = self.counts_MLRE[batch]
         return counts_LRE
 
-    def _ahead(self, stage: Stage, batch: int) -> Array:
-        """Load of the micro-steps after this one, [steps, layers, experts]; after recompute the update begins anew."""
+    def _ahead(self, batch: int) -> Array:
+        """Load of the micro-steps after this one, [steps, layers, experts]."""
         assert self.counts_MLRE is not None
-        order = list(range(batch + 1, len(self.counts_MLRE)))
-        if stage == "recompute":
-            order += range(len(self.counts_MLRE))
-        load_HLE: Array = self.counts_MLRE[order[:HORIZON]].sum(axis=2)
+        load_HLE: Array = self.counts_MLRE[batch + 1 : batch + 1 + HORIZON].sum(axis=2)
         return load_HLE
 
-    def _return_gradients(self, which_LRS: Mask, commands: list[Command]) -> None:
-        layer, rank, slot = np.nonzero(which_LRS)
-        if len(layer):
-            expert = self.replicas_LRS[layer, rank, slot]
-            commands.append(ReturnGradients(np.stack([layer, expert, rank, slot, self.homes_E[expert]], axis=1)))
-            self.dirty_LRS[layer, rank, slot] = False
-
-
-def used(replicas_LRS: Array, quotas: Array, experts: int) -> Mask:
-    """Slots whose copy computes tokens under these quotas, and so gathers a gradient."""
-    layers, ranks, _ = replicas_LRS.shape
-    used_LER = np.zeros((layers, experts, ranks), dtype=np.bool_)
-    used_LER[quotas[:, 0], quotas[:, 1], quotas[:, 3]] = True
-    layer, rank, slot = np.nonzero(replicas_LRS >= 0)
-    used_LRS = np.zeros(replicas_LRS.shape, dtype=np.bool_)
-    used_LRS[layer, rank, slot] = used_LER[layer, replicas_LRS[layer, rank, slot], rank]
-    return used_LRS
+    def _empty(self) -> Any:
+        return np.full((self.settings.layers, self.settings.ranks, self.settings.slots), -1, dtype=np.int64)

@@ -57,8 +57,9 @@ def train(directory: Path, experts: int, computed_SLR: "np.ndarray[Any, np.dtype
     _, layers, ranks = computed_SLR.shape
     journal = Journal(directory / "experts.0.jsonl", "experts", Settings(layers, 4, ranks))
     for step, computed_LR in enumerate(computed_SLR):
-        rows = np.zeros((experts, 5), dtype=np.int64)
-        journal.write(step, ev.Began("recompute", step), [ev.Fetch(rows)] if experts else [])
+        rows = np.zeros((experts, 8), dtype=np.int64)
+        rows[:, 2] = ev.DIRECT
+        journal.write(step, ev.Began("recompute", step), [ev.Carry(rows)] if experts else [])
         seen = np.zeros((layers, ranks, 4), dtype=np.int64)
         journal.write(step, ev.Ran(step, seen, computed_LR), [])
     journal.close()

@@ -81,8 +81,8 @@ def test_a_changed_journal_is_found_out(arms: Arms, journal_dir: Path, tmp_path:
     """Byte for byte: one token fewer in the first Tally-free plan is seen."""
     source = journal_dir / "experts.0.jsonl"
     lines = source.read_bytes().split(b"\n")
-    at = next(i for i, line in enumerate(lines) if b'"Fetch"' in line)
-    lines[at] = lines[at].replace(b'"Fetch"', b'"Use"')
+    at = next(i for i, line in enumerate(lines) if b'"Carry"' in line)
+    lines[at] = lines[at].replace(b'"Carry"', b'"Use"')
     forged = tmp_path / "experts.0.jsonl"
     forged.write_bytes(b"\n".join(lines))
     forged.with_suffix(".arrays").symlink_to(source.with_suffix(".arrays"))

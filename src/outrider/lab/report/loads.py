@@ -41,9 +41,9 @@ def read(path: Path) -> Loads | None:
     copies: list[int] = []
     for _, event, commands in journal.told(path, ev.Event, ev.Command):
         match event:
-            case ev.Began(stage):
+            case ev.Began(stage) if stage != "backward":
                 stages.append(stage)
-                copies.append(sum(len(command.rows) for command in commands if isinstance(command, ev.Fetch)))
+                copies.append(sum(command.fetches for command in commands if isinstance(command, ev.Carry)))
             case ev.Ran(computed_LR=computed_LR):
                 computed.append(computed_LR)
             case _:

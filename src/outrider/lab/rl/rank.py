@@ -123,8 +123,8 @@ def run_arm(model: Any, blocks: Sequence[SpreadBlock], rollouts: Sequence[Rollou
     rank = dist.get_rank()
     settings = Settings(layers=len(blocks), experts=len(blocks[0].seen_E), ranks=job.ranks, slots=arm.slots)
     journal = None if arm.journal is None else Path(arm.journal) / f"experts.{rank}.jsonl"
-    weights_group = dist.new_group(timeout=timedelta(seconds=job.timeout_s))
-    mover = Mover(Policy(settings), blocks, weights_group, journal)
+    control, lane = (dist.new_group(timeout=timedelta(seconds=job.timeout_s)) for _ in range(2))
+    mover = Mover(Policy(settings), blocks, control, lane, journal, watchdog_s=job.timeout_s)
     dist.barrier()
     begin_s = time.perf_counter()
     loss = step(model, blocks, mover, rollouts, job)
@@ -147,7 +147,8 @@ def run_arm(model: Any, blocks: Sequence[SpreadBlock], rollouts: Sequence[Rollou
         "tokens": sum(len(r.tokens) - 1 for r in rollouts),
     }
     np.savez(Path(job.directory) / f"{arm.name}.{rank}.npz", **figures, **gradients)
-    dist.destroy_process_group(weights_group)
+    dist.destroy_process_group(control)
+    dist.destroy_process_group(lane)
 
 
 def read_model(model: str, dtype: str) -> Any:
