@@ -92,6 +92,8 @@ class Copies:
             self._in[copy.frame] = None
             gradient = self._gradients.pop(copy.frame, None)
             copy.turn("end")
+        if gradient is not None and gradient.is_cuda:  # compute made it, the lane's stream reads it
+            gradient.record_stream(torch.cuda.current_stream(gradient.device))
         return torch.zeros_like(wide(self.frames[copy.frame])) if gradient is None else gradient
 
     def clear(self) -> None:

@@ -166,10 +166,11 @@ class Policy:
                 f"plan: homes {homes_LE.shape}, {layers} layers. Give a plan of {shape.layers} layers,"
                 f" {shape.experts} experts, {shape.ranks} ranks."
             )
-        counts_MLRE = np.zeros((steps, layers, shape.ranks, shape.experts), dtype=np.int64)
         layer, step, source, expert, rank, tokens = quota.astype(np.int64).T
-        np.add.at(counts_MLRE, (step, layer, source, expert), tokens)
-        self._anew(counts_MLRE, passes)
+        size = (steps, layers, shape.ranks, shape.experts)
+        cell = np.ravel_multi_index((step, layer, source, expert), size)
+        counted = np.bincount(cell, weights=tokens, minlength=int(np.prod(size)))
+        self._anew(counted.astype(np.int64).reshape(size), passes)
         moved = np.argwhere(homes_LE != self.homes_LE)
         commands: list[Command] = []
         if len(moved):
@@ -177,9 +178,9 @@ class Policy:
             rows = np.column_stack([moved, self.homes_LE[at], homes_LE[at]])
             self.homes_LE = homes_LE.astype(np.int64)
             commands.append(Relocate(rows, self.homes_LE))
-        rows = np.column_stack([layer, expert, source, rank, tokens])
-        order = np.lexsort([*rows[:, 3::-1].T, step])
-        for m, some in enumerate(np.split(rows[order], np.searchsorted(step[order], np.arange(1, steps)))):
+        order = np.argsort(step * layers + layer, kind="stable")
+        rows = np.column_stack([layer, expert, source, rank, tokens])[order]
+        for m, some in enumerate(np.split(rows, np.searchsorted(step[order], np.arange(1, steps)))):
             self._steps.append(MicroStep(some, most_LM[:, m].astype(np.int64), self._needs(some)))
         return commands
 
