@@ -20,7 +20,7 @@ Job = Callable[[], None]
 
 
 class Span(msgspec.Struct, frozen=True):
-    """Something that took time, on this rank's clock (time.perf_counter)."""
+    """Something that took time, on this rank's clock (time.perf_counter). layer: -1 for no one layer."""
 
     what: str
     layer: int
@@ -35,15 +35,15 @@ class Lane:
         self.watchdog_s, self.spans = watchdog_s, spans
         self._cuda: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ended: dict[int, Any] = {}  # CUDA: the event behind a job
-        self._jobs: queue.SimpleQueue[tuple[int, str, Job, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[int, str, int, Job, Any] | None] = queue.SimpleQueue()
         self._turn = threading.Condition()
         self._put = self._done = 0
         self._doing: tuple[str, float] | None = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def put(self, what: str, job: Job) -> int:
-        """Queue a job; its ticket. `what` names it to people."""
+    def put(self, what: str, job: Job, layer: int = -1) -> int:
+        """Queue a job; its ticket. `what` names it to people; layer: whose turn it is for."""
         self._raise()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="outrider-experts-lane", daemon=True)
@@ -53,7 +53,7 @@ class Lane:
         if self._cuda is not None:
             launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.record(torch.cuda.current_stream(self._cuda.device))
-        self._jobs.put((self._put, what, job, launched))
+        self._jobs.put((self._put, what, layer, job, launched))
         return self._put
 
     def wait(self, ticket: int) -> None:
@@ -90,7 +90,7 @@ class Lane:
 
     def _run(self) -> None:
         while (entry := self._jobs.get()) is not None:
-            ticket, what, job, launched = entry
+            ticket, what, layer, job, launched = entry
             begin_s = time.perf_counter()
             self._doing = what, time.monotonic()
             try:
@@ -102,7 +102,7 @@ class Lane:
                     self._turn.notify_all()
                 return
             if self.spans is not None:
-                self.spans.append(Span(what, -1, begin_s, time.perf_counter()))
+                self.spans.append(Span(what, layer, begin_s, time.perf_counter()))
             with self._turn:
                 self._done, self._doing = ticket, None
                 self._turn.notify_all()
@@ -114,5 +114,7 @@ class Lane:
         with torch.cuda.stream(self._cuda):
             self._cuda.wait_event(launched)
             job()
-            self._ended[ticket] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ended[ticket].record(self._cuda)
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record(self._cuda)
+        with self._turn:  # who waits walks through these
+            self._ended[ticket] = ended

@@ -214,7 +214,14 @@ class Mover:
         """Put on the lane what may start by now."""
         for batch in self.turns.ready(everything):
             if batch.kind != HOST or batch.copies:  # nobody waits for a rank that pulls nothing
-                self.turns.started(batch, self.lane.put(WORDS[batch.kind], partial(self._carry, batch)))
+                layer = -1 if batch.kind == RETURN else batch.rows[0][0]  # gradients go when a frame is needed again
+                self.turns.started(batch, self.lane.put(WORDS[batch.kind], partial(self._carry, batch), layer))
+
+    def _drain(self) -> None:
+        """Wait for everything that is on the lane."""
+        self._since_s = perf_counter()
+        self.lane.drain()
+        self._note("wait", -1)
 
     def _note(self, what: str, layer: int) -> None:
         now_s = perf_counter()
@@ -269,13 +276,13 @@ class Mover:
                 self._queue(rows)
                 if isinstance(event, Gated):  # the layer waits for it
                     self._start()
-                    self.lane.drain()
+                    self._drain()
             case Use(visit, expected, quotas, _):
                 assert isinstance(event, Began)
                 self.turns.begin_pass(event.stage, visit, self._several)
                 self._start()
                 if not expected:
-                    self.lane.drain()
+                    self._drain()
                 ends = np.searchsorted(quotas[:, 0], np.arange(len(self.blocks) + 1))
                 for layer, block in enumerate(self.blocks):
                     block.use(quotas[ends[layer] : ends[layer + 1], 1:])
@@ -353,13 +360,13 @@ class Mover:
                 self.shared.put(layer, expert, flat)
 
         self.lane.put("weights into shared memory", put)
-        self.lane.drain()
+        self._drain()
         with watched("sharing experts"):
             dist.barrier(group=self.control)
 
     def _release(self) -> None:
         self._start(everything=True)
-        self.lane.drain()
+        self._drain()
         if self.exact:
             settle_sums(self.blocks, self.exchange)
         self.copies.clear()

@@ -100,7 +100,17 @@ class Shared:
         self._stamps = whole[:stamps].view(torch.int64)
         self._experts = whole[stamps : stamps + experts * self.numel * width].view(self.dtype).view(experts, self.numel)
         if self.cuda:
-            torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)  # type: ignore[no-untyped-call]
+            self._pin(whole)
+
+    @staticmethod
+    def _pin(whole: Tensor) -> None:
+        """For copies by DMA. WorldError where the machine does not let us: without it they would block, and be slow."""
+        failed = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))  # type: ignore[no-untyped-call]
+        if failed:
+            raise WorldError(
+                f"experts: {whole.nbytes} bytes of shared memory cannot be pinned (CUDA error {failed}). Raise the"
+                " limit of locked memory (ulimit -l), or take the direct path."
+            )
 
     def _made(self, size: int) -> tuple[str, str]:
         """The path of a new file with room for `size` bytes, or what went wrong: said to all, so that none waits."""
