@@ -13,7 +13,7 @@ def batch(after: int, by: int) -> Batch:
 def test_an_update_of_two_layers() -> None:
     turns = Turns(2)
     turns.begin()
-    turns.begin_pass("update", 0, several=False)
+    turns.begin_pass("update", 0)
     for one in (batch(-1, 0), batch(-1, 3), batch(0, 1), batch(2, 4)):
         turns.queue(one)
     first = list(turns.ready())
@@ -33,14 +33,14 @@ def test_an_update_of_two_layers() -> None:
     assert turns.enter(0, backward=True) == 2
     turns.leave(0, backward=True)
     turns.end_pass()
-    turns.begin_pass("forward", 4, several=False)
+    turns.begin_pass("forward", 4)
     assert turns.enter(0, backward=False) == 0
 
 
 def test_out_of_turn_is_said_and_not_waited_for() -> None:
     turns = Turns(2)
     turns.begin()
-    turns.begin_pass("recompute", 0, several=False)
+    turns.begin_pass("recompute", 0)
     turns.queue(batch(0, 1))
     assert not list(turns.ready())
     with pytest.raises(CallerError, match="layer 1 runs before its turn"):
@@ -71,3 +71,13 @@ def test_at_the_end_everything_starts() -> None:
     turns.queue(batch(7, 8))
     assert len(list(turns.ready(everything=True))) == 1
     turns.begin()
+
+
+def test_what_came_for_another_pass_is_waited_for_at_once() -> None:
+    turns = Turns(3)
+    turns.begin()
+    turns.begin_pass("forward", 0)
+    turns.started(batch(0, 5), 7)  # fetched ahead for layer 2 of the next forward pass
+    turns.end_pass()
+    turns.begin_pass("backward", 3, expected=False)
+    assert turns.enter(2, backward=True) == 7, "the backward pass has layer 2 first"

@@ -279,10 +279,8 @@ class Mover:
                     self._drain()
             case Use(visit, expected, quotas, _):
                 assert isinstance(event, Began)
-                self.turns.begin_pass(event.stage, visit, self._several)
+                self.turns.begin_pass(event.stage, visit, expected, self._several)
                 self._start()
-                if not expected:
-                    self._drain()
                 ends = np.searchsorted(quotas[:, 0], np.arange(len(self.blocks) + 1))
                 for layer, block in enumerate(self.blocks):
                     block.use(quotas[ends[layer] : ends[layer + 1], 1:])

@@ -41,9 +41,16 @@ class Turns:
         assert not self._pending
         self._due, self._over, self._pass = [], -1, None
 
-    def begin_pass(self, stage: Stage, first: int, several: bool) -> None:
-        """A pass begins with visit `first`. several: the model runs more than once, so that no visit is over early."""
+    def begin_pass(self, stage: Stage, first: int, expected: bool = True, several: bool = False) -> None:
+        """A pass begins with visit `first`.
+
+        expected  it is the one that was fetched ahead for; else what is under way has come for other turns, and its
+                  first layer waits for all of it
+        several   the model runs more than once inside, so that no visit is over before the pass is
+        """
         self._pass, self._over, self._several = (stage, first), max(self._over, first - 1), several
+        if not expected:
+            self._due = [(first, ticket) for _, ticket in self._due]
 
     def end_pass(self) -> None:
         """All visits of the pass are over, whether or not they took place."""
