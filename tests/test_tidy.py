@@ -54,6 +54,9 @@ SHELLS = {
     "front.py",
     "draw.py",
     "places.py",
+    "benchmark.py",
+    "machine.py",
+    "loopback.py",
 }
 SHELL_FOLDERS = {"tiers", "adapters", "lab"}
 IMPURE = {  # module that a pure file may not import: what to do instead

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from outrider.errors import CallerError
 from outrider.experts import tables
 from outrider.experts.options import (
     Domain,
@@ -25,6 +26,7 @@ from outrider.experts.options import (
     Slots,
     Tokens,
     check_writable,
+    load_of,
     pair_of,
     study_of,
 )
@@ -144,6 +146,64 @@ def doctor(
     for line in advice.words:
         console.print(line, highlight=False)
     console.print(f"[dim]All of it modelled: {model}, {links}, {cost.flop_s / 1e12:.0f} Tflop/s a rank.[/]")
+
+
+@app.command(epilog="Example:  outrider experts bench --ep 32 --experts 128 --slots 2 --links-out links.toml")
+def bench(
+    options: typer.Context,
+    routing: Annotated[
+        Path | None, typer.Argument(help="Routes to count and plan; default: made up here, seeded.")
+    ] = None,
+    ep: Ep = 32,
+    slots: Slots = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens in a micro-batch.", min=1)] = 8192,
+    regime: Annotated[
+        str | None, typer.Option(help="Of made-up routes: mild, skewed or specialised sequences; default: skewed.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Of made-up routes; default: 128.", min=1)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of made-up routes; default: 8.", min=1)] = None,
+    layers: Annotated[int | None, typer.Option(help="Of made-up routes; default: 8.", min=1)] = None,
+    domain: Domain = None,
+    format: Form = None,
+    model: Model = "qwen3-30b-a3b",
+    ranks_live: Annotated[
+        int, typer.Option(help="Processes that send experts to each other over loopback; 0: none.", min=0, max=64)
+    ] = 2,
+    links_out: Annotated[
+        Path | None, typer.Option(help="Write the measured links to this TOML file, for --links of plan and doctor.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure this machine, in a minute: counting, planning and its quality, copies, an expert's products, links."""
+    from outrider.experts import benchmark
+
+    made_up = load_of(options.params)
+    if links_out:
+        if not ranks_live:
+            raise CallerError("--links-out: --ranks-live 0 leaves links out. Give 2 or more.")
+        check_writable("--links-out", links_out)
+    asked = benchmark.Asked(
+        routing=routing,
+        ranks=ep,
+        slots=slots,
+        tokens=tokens,
+        model=model,
+        ranks_live=ranks_live,
+        format=format,
+        domain=domain,
+        **made_up,
+    )
+    with Progress(console=Console(stderr=True), transient=True, disable=json) as bars:
+        bar = bars.add_task("load", total=1 + len(benchmark.SECTIONS))
+        result = benchmark.run(asked, lambda name: bars.update(bar, description=name, advance=name != "load"))
+    if json:
+        sys.stdout.write(jsonlib.dumps(result) + "\n")
+    else:
+        Console().print(tables.measured(result), highlight=False, soft_wrap=False)
+    if links_out:
+        links_out.write_text(benchmark.links_toml(result))
+        if not json:
+            Console().print(f"Links: {links_out}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example:  outrider experts convert verl_batch.npz routing.npz --to outrider")

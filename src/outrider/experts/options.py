@@ -53,3 +53,12 @@ def check_writable(option: str, path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise CallerError(f"{option} {path}: {error.strerror}. Name a file that can be written.") from error
+
+
+def load_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of bench's options that shape made-up routes and were given. CallerError beside a file that has its own."""
+    given = {name: options[name] for name in ("regime", "experts", "top_k", "layers") if options[name] is not None}
+    if given and options["routing"]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise CallerError(f"{flags}: {options['routing']} has its own. Leave out either the file or these.")
+    return given
