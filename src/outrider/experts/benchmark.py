@@ -33,7 +33,8 @@ from outrider.experts.score import score
 PLANNERS = (study.OURS, "eplb-oracle", "static")
 SEQUENCES = 8  # of a made-up micro-batch
 MICRO_STEPS = 8  # made up
-ENOUGH_S, ROUNDS = 0.5, 3  # measure for so long, and at least so often
+ROUNDS = 3  # measure at least so often
+LIVE_BYTES = 1 << 28  # sent at once by all ranks together, at most
 CHUNK = 1 << 16  # tokens drawn at once
 
 
@@ -50,7 +51,7 @@ REGIMES = MappingProxyType({"mild": Regime(0.3, 0.2), "skewed": Regime(0.7, 0.2)
 
 class Asked(msgspec.Struct, frozen=True):
     """What is asked; `outrider experts bench --help` says it all. regime to layers: of the load that is made up where
-    there is no file of routes."""
+    there is no file of routes; enough_s: each figure is measured for so long."""
 
     routing: Path | None = None
     ranks: int = 32
@@ -64,6 +65,7 @@ class Asked(msgspec.Struct, frozen=True):
     ranks_live: int = 2
     format: str | None = None
     domain: str | None = None
+    enough_s: float = 0.5
 
 
 class Bench(msgspec.Struct, frozen=True, eq=False):
@@ -71,6 +73,16 @@ class Bench(msgspec.Struct, frozen=True, eq=False):
 
     asked: Asked
     routing: Routing
+
+    def timed_s(self, call: Callable[[], Any]) -> float:
+        """Median seconds of a call, once it has run before."""
+        call()
+        times_s: list[float] = []
+        while len(times_s) < ROUNDS or sum(times_s) < self.asked.enough_s:
+            began_s = time.perf_counter()
+            call()
+            times_s.append(time.perf_counter() - began_s)
+        return statistics.median(times_s)
 
 
 def run(asked: Asked, progress: Callable[[str], None] = lambda section: None) -> dict[str, Any]:
@@ -110,17 +122,6 @@ def made_up(asked: Asked, micro_steps: int = MICRO_STEPS, seed: int = 0) -> Rout
     return Routing.of(routes_TLK, offsets_S1, experts=asked.experts, notes=("synthetic routes",))
 
 
-def timed_s(call: Callable[[], Any], enough_s: float = ENOUGH_S) -> float:
-    """Median seconds of a call, once it has run before."""
-    call()
-    times_s: list[float] = []
-    while len(times_s) < ROUNDS or sum(times_s) < enough_s:
-        began_s = time.perf_counter()
-        call()
-        times_s.append(time.perf_counter() - began_s)
-    return statistics.median(times_s)
-
-
 def links_toml(result: Mapping[str, Any]) -> str:
     """The measured links as a file for `--links`; says where and how. WorldError where they were not measured."""
     links, here = result["links"], result["machine"]
@@ -158,7 +159,7 @@ def _load(bench: Bench) -> dict[str, Any]:
 
 def _counting(bench: Bench) -> dict[str, Any]:
     routing, asked = bench.routing, bench.asked
-    took_s = timed_s(lambda: counts(routing, asked.ranks, asked.tokens))
+    took_s = bench.timed_s(lambda: counts(routing, asked.ranks, asked.tokens))
     cells = routing.tokens // asked.tokens * routing.layers
     slots = cells * asked.tokens * routing.top_k
     return {"us_per_layer": took_s * 1e6 / cells, "ns_per_token_slot": took_s * 1e9 / slots}
@@ -172,17 +173,17 @@ def _planning(bench: Bench) -> dict[str, Any]:
     for name in PLANNERS:
         ask = study.Study(ranks=asked.ranks, ranks_per_node=asked.ranks, slots=asked.slots, planner=name)
         try:
-            found[name] = _planned(counts_MLRE, ask)
+            found[name] = _planned(counts_MLRE, ask, 10 * asked.enough_s)
         except CallerError as error:  # a rival's layout may not exist for these numbers
             found[name] = {"measured": False, "why": str(error)}
-    return {"planners": found, "eplb_placement_us_per_layer": _eplb_us(counts_MLRE, asked)}
+    return {"planners": found, "eplb_placement_us_per_layer": _eplb_us(counts_MLRE, bench)}
 
 
-def _planned(counts_MLRE: Any, ask: study.Study) -> dict[str, Any]:
+def _planned(counts_MLRE: Any, ask: study.Study, most_s: float) -> dict[str, Any]:
     study.plan(study.Counted(counts_MLRE[:1], 0.0, ()), ask)  # compiles, or loads what was compiled
     us: list[float] = []
     took_s: list[float] = []
-    while not us or (len(us) < ROUNDS and sum(took_s) < 10 * ENOUGH_S):
+    while not us or (len(us) < ROUNDS and sum(took_s) < most_s):
         began_s = time.perf_counter()
         plan, plan_us = study.plan(study.Counted(counts_MLRE, 0.0, ()), ask)
         took_s.append(time.perf_counter() - began_s)
@@ -196,29 +197,30 @@ def _planned(counts_MLRE: Any, ask: study.Study) -> dict[str, Any]:
     }
 
 
-def _eplb_us(counts_MLRE: Any, asked: Asked) -> float | None:
+def _eplb_us(counts_MLRE: Any, bench: Bench) -> float | None:
     """The drop-in alone: one micro-step's totals in, a placement out, no split; None where EPLB has no layout."""
-    load_LE = counts_MLRE[0].sum(axis=1)
+    asked, load_LE = bench.asked, counts_MLRE[0].sum(axis=1)
     layers, experts = load_LE.shape
     replicas = (experts // asked.ranks + asked.slots) * asked.ranks  # as many on every rank, as peers.py has it
     if replicas < experts:
         return None
-    return timed_s(lambda: rebalance_experts(load_LE, replicas, 1, 1, asked.ranks)) * 1e6 / int(layers)
+    return bench.timed_s(lambda: rebalance_experts(load_LE, replicas, 1, 1, asked.ranks)) * 1e6 / int(layers)
 
 
 def _copies(bench: Bench) -> dict[str, Any]:
     shape = shape_of(bench.asked.model)
-    return {"model": bench.asked.model, "expert_bytes": shape.expert_bytes, **machine.copies(shape, timed_s)}
+    return {"model": bench.asked.model, "expert_bytes": shape.expert_bytes, **machine.copies(shape, bench.timed_s)}
 
 
 def _compute(bench: Bench) -> dict[str, Any]:
-    return {"model": bench.asked.model, **machine.compute(shape_of(bench.asked.model), timed_s)}
+    return {"model": bench.asked.model, **machine.compute(shape_of(bench.asked.model), bench.timed_s)}
 
 
 def _links(bench: Bench) -> dict[str, Any]:
-    ranks, part_bytes = bench.asked.ranks_live, shape_of(bench.asked.model).expert_bytes
+    ranks = bench.asked.ranks_live
     if not ranks:
         return {"measured": False, "why": "links were left out by --ranks-live 0."}
+    part_bytes = min(shape_of(bench.asked.model).expert_bytes, LIVE_BYTES // ranks**2)
     try:
         latency_s, expert_s = loopback.measure(ranks, (1, part_bytes))
     except WorldError as error:

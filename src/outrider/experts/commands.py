@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from outrider.errors import CallerError
 from outrider.experts import tables
@@ -25,6 +24,7 @@ from outrider.experts.options import (
     Seqs,
     Slots,
     Tokens,
+    bars,
     check_writable,
     load_of,
     pair_of,
@@ -84,16 +84,16 @@ def plan(
         if path:
             check_writable(option, path)
     asked = study_of(options.params)
-    with Progress(console=Console(stderr=True), transient=True, disable=json) as bars:
-        bar = bars.add_task("micro-steps planned", total=None)
-        found, result = study.run(routing, asked, lambda: bars.advance(bar))
+    with bars(json) as shown:
+        bar = shown.add_task("micro-steps planned", total=None)
+        found, result = study.run(routing, asked, lambda: shown.advance(bar))
         if out:
             plans.save(found, out)
         if plot:
             counts_MLRE = picture.counts_of(found)
             told = picture.picture(routing.name, asked, found, counts_MLRE, plot_layer)
-            bar = bars.add_task("planners compared", total=len(front.settings(asked)))
-            others = front.front(counts_MLRE, asked, found, lambda: bars.advance(bar))
+            bar = shown.add_task("planners compared", total=len(front.settings(asked)))
+            others = front.front(counts_MLRE, asked, found, lambda: shown.advance(bar))
             draw.draw(plot, told, others)
             result["front"] = msgspec.to_builtins(others.points)
     if json:
@@ -136,9 +136,9 @@ def doctor(
     asked = study_of(options.params)
     cost = asked.cost
     counted = study.count(routing, asked)
-    with Progress(console=Console(stderr=True), transient=True, disable=json) as bars:
-        bar = bars.add_task("plans made", total=len(SLOTS) + len(LINKS) + len(SCALES))
-        advice = advise(counted.counts_MLRE, cost, asked.ranks_per_node, lambda: bars.advance(bar))
+    with bars(json) as shown:
+        bar = shown.add_task("plans made", total=len(SLOTS) + len(LINKS) + len(SCALES))
+        advice = advise(counted.counts_MLRE, cost, asked.ranks_per_node, lambda: shown.advance(bar))
     if json:
         sys.stdout.write(msgspec.json.encode(advice).decode() + "\n")
         return
@@ -167,7 +167,7 @@ def bench(
     format: Form = None,
     model: Model = "qwen3-30b-a3b",
     ranks_live: Annotated[
-        int, typer.Option(help="Processes that send experts to each other over loopback; 0: none.", min=0, max=64)
+        int, typer.Option(help="Processes that send experts to each other over loopback; 0: none.", min=0, max=16)
     ] = 2,
     links_out: Annotated[
         Path | None, typer.Option(help="Write the measured links to this TOML file, for --links of plan and doctor.")
@@ -193,9 +193,9 @@ def bench(
         domain=domain,
         **made_up,
     )
-    with Progress(console=Console(stderr=True), transient=True, disable=json) as bars:
-        bar = bars.add_task("load", total=1 + len(benchmark.SECTIONS))
-        result = benchmark.run(asked, lambda name: bars.update(bar, description=name, advance=name != "load"))
+    with bars(json) as shown:
+        bar = shown.add_task("load", total=1 + len(benchmark.SECTIONS))
+        result = benchmark.run(asked, lambda name: shown.update(bar, description=name, advance=name != "load"))
     if json:
         sys.stdout.write(jsonlib.dumps(result) + "\n")
     else:

@@ -132,7 +132,7 @@ def _heat(figure: "Figure", pair: "tuple[Axes, Axes]", picture: Picture) -> None
     layer = over.worst_layer() if picture.layer is None else picture.layer
     words = "the worst layer at home; " if layer == over.worst_layer() else ""
     both = over.home[layer], over.planned[layer]
-    reach = max(0.05, *(float(np.nanmax(np.abs(ratio_MR - 1))) for ratio_MR in both))
+    reach = max(0.2, *(float(np.nanmax(np.abs(ratio_MR - 1))) for ratio_MR in both))
     words += "grey: excluded; " if np.isnan(both).any() else ""
     for axes, ratio_MR, when in zip(pair, both, ("at home", "planned"), strict=True):
         scale = CenteredNorm(1.0, reach)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
 from outrider.errors import CallerError
 
@@ -56,9 +58,18 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def load_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of bench's options that shape made-up routes and were given. CallerError beside a file that has its own."""
+    """Those of bench's options that shape made-up routes and were given. CallerError where they, or those that shape a
+    file's, do not go with what is measured."""
     given = {name: options[name] for name in ("regime", "experts", "top_k", "layers") if options[name] is not None}
     if given and options["routing"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise CallerError(f"{flags}: {options['routing']} has its own. Leave out either the file or these.")
+    if not options["routing"] and (options["domain"] or options["format"]):
+        raise CallerError("--domain, --format: made-up routes have none. Name a file of routes, or leave them out.")
     return given
+
+
+def bars(quiet: bool) -> Progress:
+    """Progress bars on stderr, gone when done; none where nobody looks."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=quiet or not console.is_terminal)

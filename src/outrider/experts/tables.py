@@ -1,5 +1,6 @@
 """Results of `outrider experts` as tables for a terminal. Used by commands.py."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -43,7 +44,7 @@ def listed(*rows: tuple[str, str]) -> Table:
 def measured(result: dict[str, Any]) -> Group:
     """What `benchmark.run` found."""
     here, load, expert = result["machine"], result["load"], result["copies"]
-    routes = f"synthetic routes, {load['regime']}" if load["synthetic"] else f"routes of {load['file']}"
+    routes = f"synthetic routes, {load['regime']}" if load["synthetic"] else f"routes of {Path(load['file']).name}"
     return Group(
         f"Measured on {here['name']}: {here['processor']}, {here['cores']} cores; one thread each.",
         f"Load: {routes}; {load['layers']} layers, {load['micro_steps']} micro-steps of"
