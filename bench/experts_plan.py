@@ -30,7 +30,8 @@ from experts_eplb import imbalance, peer
 from outrider.experts import contiguous_homes, plan, rebalance_experts
 from outrider.experts.cost import LINKS, SHAPES, Cost, force_balanced_s, modelled
 from outrider.experts.schedule import StepPlan
-from outrider.experts.search import HORIZON, Way, search
+from outrider.experts.search import search
+from outrider.experts.ways import HORIZON, Way
 from outrider.lab.experts_load import REGIMES, synthetic
 
 ROOT = Path(__file__).parents[1]

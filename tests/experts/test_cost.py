@@ -45,14 +45,23 @@ def test_one_rank_alone() -> None:
 def test_tokens_travel_over_the_links_that_they_need() -> None:
     """Two nodes of two ranks. Rank 0 gets 3 of its own, 2 from rank 1 (near), 4 from rank 2 (far).
 
-    Near links carry all 6 that come from other ranks; far ones the node's 4, half of them by each of its ranks.
+    Near links carry what a rank gets or sends, whichever is more: 6, 2, 4 and none. Far ones the 4 that leave one node
+    and come into the other, half of them by each of its ranks.
     """
     rows = [(0, 0, 0, 3), (0, 1, 0, 2), (0, 2, 0, 4)]
     found = modelled(plan_of([rows], [[[0], [1], [2], [3]]], [0, 1, 2, 3], 2), COST)
     rail_s = 8 * (4 / 2) / 2.0
     first = 0.25 + 9 + 8 * 6 / 4.0 + rail_s
-    assert found.rank_s[0, 0].tolist() == [first, rail_s, 0, 0]
+    assert found.rank_s[0, 0].tolist() == [first, 8 * 2 / 4.0 + rail_s, 8 * 4 / 4.0 + rail_s, rail_s]
     assert found.layer_s.tolist() == [[first]]
+
+
+def test_a_node_that_sends_more_than_it_gets_takes_as_long_as_it_sends() -> None:
+    """Rank 0, alone in its node, sends 5 and gets 1; rank 1 gets 5 and sends 1: both links carry 5, either way."""
+    rows = [(1, 0, 1, 5), (0, 1, 0, 1)]
+    found = modelled(plan_of([rows], [[[0], [1]]], [0, 1], 1), COST)
+    links_s = 8 * 5 / 4.0 + 8 * 5 / 2.0
+    assert found.rank_s[0, 0].tolist() == [0.25 + 1 + links_s, 0.25 + 5 + links_s]
 
 
 def test_tiles_are_whole_and_a_token_stands_for_many() -> None:
@@ -62,31 +71,60 @@ def test_tiles_are_whole_and_a_token_stands_for_many() -> None:
     assert found.rank_s[0, 0, 0] == 0.5 + 32 + 64
 
 
+# Copies. One token is rank 0's own and 1 s, so that links are idle all of the time; experts are of 12 bytes.
+
+
 def test_copies_hide_behind_the_micro_step_before() -> None:
-    """12 bytes: 0.5 + 12 / 4 = 3.5 s near. Micro-step 0 takes 2.25 s, so that 1.25 s of the copy show in each pass."""
-    rows = [[(0, 0, 0, 2)], [(0, 0, 0, 2), (0, 1, 1, 2)]]
+    """12 bytes: 0.5 + 12 / 4 = 3.5 s near. Micro-step 0 takes 2.25 s a pass: 1.25 s show in recompute.
+
+    The update has three passes' time, 6.75 s, to hide it. At last its gradient goes home, for which nothing is left.
+    """
+    rows = [[(0, 0, 0, 2)], [(0, 0, 0, 2), (1, 1, 1, 2)]]
     hosts = [[[0, -1], [1, -1]], [[0, -1], [1, 0]]]
     plan = plan_of(rows, hosts, [0, 1], 2)
     found = modelled(plan, COST)
     assert new_copies(plan).sum(axis=(0, 2, 3)).tolist() == [0, 1]
     assert found.moved_bytes.tolist() == [[0, 12]]
-    assert found.exposed_s.tolist() == [[0, 3.5 - 2.25]]
-    assert found.exposed_total_s == pytest.approx(PASSES * 1.25)
-    assert found.total_s == pytest.approx(PASSES * (2.25 + 2.25 + 1.25))
+    assert found.recompute_wait_s.tolist() == [[0, 3.5 - 2.25]]
+    assert found.update_wait_s.tolist() == [[0, 0]]
+    assert found.last_wait_s.tolist() == [2 * 3.5]
+    assert found.exposed_total_s == pytest.approx(1.25 + 7)
+    assert found.total_s == pytest.approx(PASSES * (2.25 + 2.25) + 1.25 + 7)
     rows[0] = [(0, 0, 0, 4)]
-    assert modelled(plan_of(rows, hosts, [0, 1], 2), COST).exposed_total_s == 0, "4.25 s hide it whole"
+    assert modelled(plan_of(rows, hosts, [0, 1], 2), COST).recompute_wait_s.sum() == 0, "4.25 s hide it whole"
+
+
+def test_a_copy_given_up_takes_its_gradient_home_beside_the_next_weights() -> None:
+    """Expert 0 is copied to rank 1, then given up as expert 1 is copied to rank 0.
+
+    Update, before micro-step 2: rank 0 gets the gradient of 0 (7 s) and the weights of 1 (3.5 s); 3 * 1.25 s hide them.
+    """
+    rows = [[(0, 0, 0, 1)]] * 3
+    hosts = [[[0, -1], [1, -1]], [[0, -1], [1, 0]], [[0, 1], [1, -1]]]
+    found = modelled(plan_of(rows, hosts, [0, 1], 2), COST)
+    assert found.recompute_wait_s.tolist() == [[0, 3.5 - 1.25, 3.5 - 1.25]]
+    assert found.update_wait_s.tolist() == [[0, 0, 7 + 3.5 - 3 * 1.25]]
+    assert found.last_wait_s.tolist() == [7]
+
+
+def test_a_home_sends_all_its_copies() -> None:
+    """Three ranks get expert 0 at once: each 3.5 s, but rank 0 sends for 10.5 s."""
+    hosts = [[[0, -1], [1, -1], [2, -1], [3, -1]], [[0, -1], [1, 0], [2, 0], [3, 0]]]
+    found = modelled(plan_of([[(0, 0, 0, 1)]] * 2, hosts, [0, 1, 2, 3], 4), COST)
+    assert found.recompute_wait_s.tolist() == [[0, 3 * 3.5 - 1.25]]
 
 
 def test_a_copy_from_another_node_takes_the_slow_link() -> None:
-    """Far: 0.5 + 12 / 2 = 6.5 s; a holder in the node one micro-step before makes it near again."""
-    rows = [[(0, 0, 0, 1)], [(0, 0, 0, 1)], [(0, 0, 0, 1)]]
-    none, two, three = [[0, -1], [1, -1], [2, -1], [3, -1]], None, None
+    """Far: 0.5 + 12 / 2 = 6.5 s; a holder in the node one micro-step before makes it near again; gradients go far."""
+    rows = [[(0, 0, 0, 1)]] * 3
+    none = [[0, -1], [1, -1], [2, -1], [3, -1]]
     two = [row.copy() for row in none]
     two[2][1] = 0
     three = [row.copy() for row in two]
     three[3][1] = 0
-    exposed = modelled(plan_of(rows, [none, two, three], [0, 1, 2, 3], 2), COST).exposed_s[0]
-    assert exposed.tolist() == [0, 6.5 - 1.25, 3.5 - 1.25]
+    found = modelled(plan_of(rows, [none, two, three], [0, 1, 2, 3], 2), COST)
+    assert found.recompute_wait_s[0].tolist() == [0, 6.5 - 1.25, 3.5 - 1.25]
+    assert found.last_wait_s.tolist() == [2 * 2 * 6.5]
     assert transfer_s(COST) == 3.5 and transfer_s(COST, far=True) == 6.5
 
 
@@ -95,9 +133,43 @@ def test_the_first_copies_have_the_layer_before_only_and_come_again_for_the_upda
     rows = [[(0, 0, 0, 1)], [(0, 0, 0, 2)]]
     hosts = [[[0, -1], [1, 0]], [[0, -1], [1, -1]]]
     found = modelled(plan_of(rows, hosts, [0, 1], 2), COST)
-    assert found.exposed_s.tolist() == [[3.5, 0]], "the first layer has nothing to hide behind"
-    assert found.between_s.tolist() == [3.5 - 2.25]
-    assert found.exposed_total_s == pytest.approx(3.5 + 1.25)
+    assert found.recompute_wait_s.tolist() == [[3.5, 0]], "the first layer has nothing to hide behind"
+    assert found.update_wait_s.tolist() == [[3.5 - 2.25, 7 - 3 * 1.25]], "and its gradient goes home in between"
+    assert found.last_wait_s.tolist() == [0]
+
+
+def test_the_layer_before_hides_the_first_copies_and_the_last_gradients() -> None:
+    """Two layers alike, 1.25 s a pass: the second layer's copy has the first's to hide behind, its gradient two."""
+    rows = [np.array([[layer, 0, 0, 0, 1] for layer in range(2)])]
+    hosts = [np.array([[[0, -1], [1, 0]]] * 2)]
+    found = modelled(assemble("static", np.array([[0, 1]] * 2), hosts, rows, ranks_per_node=2), COST)
+    assert found.recompute_wait_s.tolist() == [[3.5], [3.5 - 1.25]]
+    assert found.last_wait_s.tolist() == [7, 7 - 2 * 1.25]
+
+
+def test_homes_elsewhere_are_paid_for_in_the_first_micro_step() -> None:
+    """Two experts that changed nodes: 6.5 s each, in and out side by side."""
+    found = modelled(plan_of([[(0, 0, 1, 1)]], [[[1], [0]]], [1, 0], 1), COST)
+    assert found.recompute_wait_s.tolist() == [[6.5]]
+    assert found.last_wait_s.tolist() == [0], "a home's own gradient does not travel"
+
+
+@pytest.mark.parametrize("far", [2.0, 4.0])
+def test_copies_wait_while_tokens_are_on_their_link(far: float) -> None:
+    """Two tokens from rank 1 to rank 0: 4 s on their near links, 6.25 s in all; a copy of 5 s has 2.25 s of them left.
+
+    Without sharing, all 6.25 s hide it. Where near and far links are one, far tokens block a near copy as well.
+    """
+    cost = msgspec.structs.replace(COST, links=Links(4.0, far, 2.0))
+    rows = [[(0, 1, 0, 2)], [(0, 1, 0, 2)]]
+    hosts = [[[0, -1], [1, -1]], [[0, -1], [1, 0]]]
+    assert modelled(plan_of(rows, hosts, [0, 1], 2), cost).recompute_wait_s.tolist() == [[0, 5.0 - 2.25]]
+    beside = msgspec.structs.replace(cost, shared_links=False)
+    assert modelled(plan_of(rows, hosts, [0, 1], 2), beside).recompute_wait_s.tolist() == [[0, 0]]
+    rows = [[(0, 2, 0, 4)], [(0, 2, 0, 4)]]  # 8 s near, 8 or 4 s far, 4.25 s to compute
+    hosts = [[[0, -1], [1, -1], [2, -1], [3, -1]], [[0, -1], [1, 0], [2, -1], [3, -1]]]
+    found = modelled(plan_of(rows, hosts, [0, 1, 2, 3], 2), cost)
+    assert found.recompute_wait_s.tolist() == [[0, 5.0 - 4.25 if far == 4.0 else 0.0]]
 
 
 def test_an_even_gate_has_no_copies_and_whole_tiles() -> None:

@@ -4,15 +4,22 @@ For rank r in one layer of one forward pass, with N_r token-slots of which some 
 
     T_r = launch_s * G_r + 6 * hidden * inner * rows_r / flop_s + 2 * hidden * width * (near_r / near + far_r / far)
 
-G_r experts with tokens, rows_r their tokens rounded up to whole GEMM tiles; near_r token-slots that come from other
-ranks, all over the node's links in the end; far_r a rank's share of those that come into its node from beyond, since
-rails spread them over the node's ranks (a dispatch of two hops, as DeepEP's). A layer takes max over r of T_r.
+G_r experts with tokens, rows_r their tokens rounded up to whole GEMM tiles. near_r: token-slots that come from other
+ranks, or that go to them, whichever are more; all use the node's links in the end. far_r: a rank's share of those that
+come into its node, or that leave it, whichever are more, since rails spread them over the node's ranks (a dispatch of
+two hops, as DeepEP's). A layer takes max over r of T_r.
 
-Copies travel while the micro-step before computes: a layer's expose max(0, transfer - its time one micro-step before).
-In the first micro-step the layer before must do, and the first layer has nothing to hide behind. An RL step runs each
-micro-batch twice: recompute (forward) and update (forward and backward, three times the work; a copy's gradient goes
-home at twice the weight's bytes, in fp32, so that transfers grow as compute does). Between the two, the first
-micro-step's copies come while the last one still computes. The form is ours; rates are assumptions until calibrated.
+Copies get their weights from home, or from the lowest rank of their own node that held the expert one micro-step
+before; their gradients go home in fp32, which takes twice as long. A rank receives and sends side by side, and the
+longer counts, on near and on far links. It hides while the micro-step before leaves that link idle: all of its seconds,
+less those of the rank's tokens on that link (without `shared_links`: all). Near links that are no faster than far ones
+are taken to be the same.
+
+An RL step runs each micro-batch twice: recompute (forward; weights come) and update (forward and backward, three times
+the work; weights come, and gradients of copies that are given up go home). The first micro-step of recompute has the
+layer before to hide copies behind, and its first layer nothing; that of the update has the last of recompute. After the
+last, the gradients of all copies go home while the layer before runs backward, two thirds of its update; the first
+layer's are waited for. The form is ours; rates are assumptions until calibrated. Optimizer state is left out.
 """
 
 from types import MappingProxyType
@@ -51,7 +58,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Cost(msgspec.Struct, frozen=True):
     """The model's constants. flop_s: what grouped GEMMs achieve on a rank; row_scale: a counted token stands for as
-    many."""
+    many; shared_links: copies wait while tokens are on their link."""
 
     links: Links
     shape: Shape
@@ -59,6 +66,22 @@ class Cost(msgspec.Struct, frozen=True):
     tile_rows: int = 128
     launch_s: float = 0.2e-6
     row_scale: int = 1
+    shared_links: bool = True
+
+    @property
+    def row_s(self) -> float:
+        """Seconds that a token-slot computes."""
+        return 6 * self.shape.hidden * self.shape.inner / self.flop_s
+
+    @property
+    def near_s(self) -> float:
+        """Seconds that a token-slot is on a rank's near link, there and back."""
+        return 2 * self.shape.hidden * self.shape.width / self.links.near_bytes_s
+
+    @property
+    def far_s(self) -> float:
+        """Seconds that a token-slot is on a rank's far link, there and back."""
+        return 2 * self.shape.hidden * self.shape.width / self.links.far_bytes_s
 
 
 # Effective rates, general knowledge to be calibrated: NVLink4, PCIe 4 x16 through the host, InfiniBand/RoCE 400G.
@@ -82,15 +105,17 @@ SHAPES = MappingProxyType(  # public model configurations
 
 
 class Modelled(msgspec.Struct, frozen=True, eq=False):
-    """One forward pass: seconds of each rank [L, M, R], and exposed transfer seconds and bytes moved [L, M].
+    """rank_s [L, M, R]: seconds of one forward pass. moved_bytes [L, M]: weights of new copies.
 
-    between_s [L]: exposed between recompute and update.
+    recompute_wait_s, update_wait_s [L, M], last_wait_s [L]: seconds in which compute waits for copies in either stage,
+    and at last for gradients.
     """
 
     rank_s: Any
-    exposed_s: Any
     moved_bytes: Any
-    between_s: Any
+    recompute_wait_s: Any
+    update_wait_s: Any
+    last_wait_s: Any
 
     @property
     def layer_s(self) -> Any:
@@ -100,7 +125,7 @@ class Modelled(msgspec.Struct, frozen=True, eq=False):
     @property
     def layers_s(self) -> Any:
         """[layers] seconds of the RL step: recompute and update."""
-        waits = PASSES * self.exposed_s[:, 1:].sum(axis=1) + self.exposed_s[:, 0] + self.between_s
+        waits = (self.recompute_wait_s + self.update_wait_s).sum(axis=1) + self.last_wait_s
         return PASSES * self.layer_s.sum(axis=1) + waits
 
     @property
@@ -128,10 +153,7 @@ def modelled(plan: StepPlan, cost: Cost) -> Modelled:
     """The plan's modelled seconds and bytes."""
     layers, steps, ranks, experts = plan.shape
     nodes_R = np.arange(ranks) // plan.ranks_per_node
-    nodes = int(nodes_R[-1]) + 1
-    present = hosted(plan.hosts, experts)
-    new = new_copies(plan)
-    rank_s, exposed_s = np.zeros((layers, steps, ranks)), np.zeros((layers, steps))
+    rank_s, tokens_s = np.zeros((layers, steps, ranks)), np.zeros((layers, steps, ranks, 2))
     starts = np.argsort(plan.quota[:, 1], kind="stable")
     bounds = np.searchsorted(plan.quota[starts, 1], np.arange(steps + 1))
     for m in range(steps):
@@ -140,40 +162,37 @@ def modelled(plan: StepPlan, cost: Cost) -> Modelled:
         here = (layers, experts, ranks)
         at_LER = np.bincount((layer * experts + expert) * ranks + rank, tokens, layers * experts * ranks).reshape(here)
         rows_LR = (np.ceil(at_LER / cost.tile_rows) * cost.tile_rows).sum(axis=1)
-        by_rank, size = layer * ranks + rank, layers * ranks
-        far = nodes_R[source] != nodes_R[rank]
-        near_LR = np.bincount(by_rank, tokens * (source != rank), size).reshape(layers, ranks)
-        by_node = np.bincount(layer * nodes + nodes_R[rank], tokens * far, layers * nodes).reshape(layers, nodes)
-        far_LR = by_node[:, nodes_R] / np.bincount(nodes_R)[nodes_R]
-        rank_s[:, m] = _rank_s(cost, (at_LER > 0).sum(axis=1), rows_LR, near_LR, far_LR)
-        before_LRE = present[:, m - 1] if m else None
-        window_L = rank_s[:, m - 1 if m else 0].max(axis=1)
-        if m == 0:
-            window_L = np.concatenate([[0.0], window_L[:-1]])  # the layer before; before the first there is none
-        exposed_s[:, m] = np.maximum(0.0, _transfer_s(plan, cost, new[:, m], before_LRE, nodes_R) - window_L)
-    first = present[:, 0] & ~present[:, -1]
-    again_L = _transfer_s(plan, cost, first, present[:, -1], nodes_R) - rank_s[:, -1].max(axis=1)
-    return Modelled(rank_s, exposed_s, new.sum(axis=(2, 3)) * cost.shape.expert_bytes, np.maximum(0.0, again_L))
+        near_LR = _more(layer, source, rank, tokens * (source != rank), (layers, ranks))
+        out, into = nodes_R[source], nodes_R[rank]
+        far_LN = _more(layer, out, into, tokens * (out != into), (layers, int(nodes_R[-1]) + 1)) / np.bincount(nodes_R)
+        tokens_s[:, m] = np.stack([cost.near_s * near_LR, cost.far_s * far_LN[:, nodes_R]], axis=2)
+        rank_s[:, m] = cost.launch_s * (at_LER > 0).sum(axis=1) + cost.row_s * rows_LR + tokens_s[:, m].sum(axis=2)
+    new = new_copies(plan)
+    waits = _waits(plan, cost, new, _idle_s(cost, rank_s, tokens_s))
+    return Modelled(rank_s, new.sum(axis=(2, 3)) * cost.shape.expert_bytes, *waits)
 
 
 def tokens_over(found: Modelled, cost: Cost) -> Any:
     """[M, L, R] counted token-slots (fractions too) by which each rank is slower than its layer's mean."""
-    shape, links = cost.shape, cost.links
-    token_s = 6 * shape.hidden * shape.inner / cost.flop_s + 2 * shape.hidden * shape.width / links.far_bytes_s
-    over = (found.rank_s - found.rank_s.mean(axis=2, keepdims=True)) / (token_s * cost.row_scale)
+    over = (found.rank_s - found.rank_s.mean(axis=2, keepdims=True)) / ((cost.row_s + cost.far_s) * cost.row_scale)
     return over.transpose(1, 0, 2)
 
 
 def force_balanced_s(counts_MLRE: Array, plan: StepPlan, cost: Cost) -> float:
-    """Seconds of the RL step if the gate sent every expert the same: homes only, nothing moves, whole tiles or not."""
+    """Seconds of the RL step under an even gate: every source sends every expert as many tokens, experts are at home
+    only, nothing moves, whole tiles or not.
+
+    Such a gate has no likes, so that all tokens but one node's share cross between nodes. It is the field's yardstick,
+    not a bound: a plan that keeps tokens in their node may be faster.
+    """
     _, _, ranks, experts = plan.shape
     slots_ML = counts_MLRE.sum(axis=(2, 3)) * cost.row_scale
     share = slots_ML / ranks
     beyond = (ranks - min(plan.ranks_per_node, ranks)) / ranks
     expert_rows = np.ceil(slots_ML / experts / cost.tile_rows) * cost.tile_rows
     rows = np.minimum(expert_rows * experts / ranks, np.ceil(share / cost.tile_rows) * cost.tile_rows)
-    each = _rank_s(cost, experts / ranks, rows, share * (ranks - 1) / ranks, share * beyond)
-    return float(PASSES * each.sum())
+    travel_s = share * ((ranks - 1) / ranks * cost.near_s + beyond * cost.far_s)
+    return float(PASSES * (cost.launch_s * experts / ranks + cost.row_s * rows + travel_s).sum())
 
 
 def transfer_s(cost: Cost, far: bool = False) -> float:
@@ -192,21 +211,67 @@ def new_copies(plan: StepPlan) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return fresh
 
 
-def _rank_s(cost: Cost, groups: Any, rows: Any, near: Any, far: Any) -> Any:
-    shape, links = cost.shape, cost.links
-    compute = cost.launch_s * groups + 6 * shape.hidden * shape.inner * rows / cost.flop_s
-    return compute + 2 * shape.hidden * shape.width * (near / links.near_bytes_s + far / links.far_bytes_s)
+def _more(layer: Any, out: Any, into: Any, tokens: Any, shape: tuple[int, int]) -> Any:
+    """[layers, ranks or nodes] tokens that go out or that come in, whichever are more."""
+    sums = [np.bincount(layer * shape[1] + end, tokens, shape[0] * shape[1]) for end in (out, into)]
+    return np.maximum(*sums).reshape(shape)
 
 
-def _transfer_s(plan: StepPlan, cost: Cost, new_LRE: Any, before_LRE: Any, nodes_R: Any) -> Any:
-    """[L] seconds until the fullest rank has its new copies: from its node where a holder was, else from afar."""
-    layers, _, ranks, _ = plan.shape
-    layer, rank, expert = np.nonzero(new_LRE)
-    if not len(layer):
-        return np.zeros(layers)
-    near = nodes_R[plan.homes[layer, expert]] == nodes_R[rank]
-    if before_LRE is not None:
-        in_node = np.stack([before_LRE[:, nodes_R == node].any(axis=1) for node in range(nodes_R.max() + 1)], axis=1)
-        near |= in_node[layer, nodes_R[rank], expert]
-    seconds = np.where(near, transfer_s(cost), transfer_s(cost, far=True))
-    return np.bincount(layer * ranks + rank, seconds, layers * ranks).reshape(layers, ranks).max(axis=1)
+def _idle_s(cost: Cost, rank_s: Any, tokens_s: Any) -> Any:
+    """[L, M, R, 2] seconds of a forward pass in which a rank's near and far link may carry copies."""
+    if not cost.shared_links:
+        tokens_s = np.zeros_like(tokens_s)
+    return rank_s.max(axis=2)[:, :, None, None] - _as_links_are(cost, tokens_s)
+
+
+def _as_links_are(cost: Cost, seconds: Any) -> Any:
+    """Seconds on near and far links [..., 2]: the sum on both, where both are one link."""
+    one = cost.links.near_bytes_s <= cost.links.far_bytes_s
+    return np.repeat(seconds.sum(axis=-1, keepdims=True), 2, axis=-1) if one else seconds
+
+
+def _waits(plan: StepPlan, cost: Cost, new: Any, idle_s: Any) -> tuple[Any, Any, Any]:
+    """recompute_wait_s, update_wait_s [L, M], last_wait_s [L]."""
+    present = hosted(plan.hosts, plan.shape[3])
+    come = np.concatenate([new, present[:, :1] & ~present[:, -1:]], axis=1)  # the last ones: again for the update
+    weights_s = _carried_s(plan, cost, come, np.concatenate([np.zeros_like(present[:, :1]), present], axis=1))
+    copies = present.copy()
+    layer, expert = np.indices(plan.homes.shape)
+    copies[layer, :, plan.homes, expert] = False
+    given_up = copies & ~np.concatenate([present[:, 1:], np.zeros_like(present[:, :1])], axis=1)
+    gradients_s = 2 * _carried_s(plan, cost, given_up, None)
+    before_s = np.concatenate([np.zeros_like(idle_s[:1]), idle_s[:-1]])  # of the layer before
+    hidden_s = np.concatenate([before_s[:, :1], idle_s[:, :-1]], axis=1)
+    recompute_s = _over(weights_s[:, :-1], hidden_s)
+    first_s = _over(weights_s[:, -1:], idle_s[:, -1:])
+    later_s = _over(weights_s[:, 1:-1] + gradients_s[:, :-1], 3 * hidden_s[:, 1:])
+    last_s = _over(gradients_s[:, -1], 2 * before_s[:, -1])
+    return recompute_s, np.concatenate([first_s, later_s], axis=1), last_s
+
+
+def _over(seconds: Any, hidden_s: Any) -> Any:
+    """Seconds of the worst rank and link that are not hidden: the last two axes."""
+    return np.maximum(0.0, seconds - hidden_s).max(axis=(-2, -1))
+
+
+def _carried_s(plan: StepPlan, cost: Cost, copies: Any, before: Any) -> Any:
+    """[L, M, R, 2] seconds of a rank's near and far link for these copies [L, M, R, E].
+
+    before: who held which expert one micro-step before, for weights; None: gradients. The first micro-step's weights
+    come from contiguous homes, so that homes elsewhere are paid for.
+    """
+    layers, steps, ranks, experts = copies.shape
+    nodes_R = np.arange(ranks) // plan.ranks_per_node
+    layer, m, rank, expert = np.nonzero(copies)
+    end = plan.homes[layer, expert].astype(np.int64)
+    if before is not None:
+        end = np.where(m == 0, contiguous_homes(experts, ranks)[expert], end)
+        away = np.flatnonzero(nodes_R[end] != nodes_R[rank])
+        holds = before[layer[away], m[away], :, expert[away]] & (nodes_R == nodes_R[rank[away], None])
+        some = holds.any(axis=1)
+        end[away[some]] = holds[some].argmax(axis=1)
+    far = nodes_R[end] != nodes_R[rank]
+    seconds = np.where(far, transfer_s(cost, far=True), transfer_s(cost))
+    size = layers * steps * ranks * 2
+    sums = [np.bincount(((layer * steps + m) * ranks + side) * 2 + far, seconds, size) for side in (end, rank)]
+    return _as_links_are(cost, np.maximum(*sums).reshape(layers, steps, ranks, 2))

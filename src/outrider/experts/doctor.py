@@ -14,7 +14,8 @@ from outrider.experts.cost import LINKS, Cost, force_balanced_s, modelled
 from outrider.experts.events import Array
 from outrider.experts.plan import contiguous_homes
 from outrider.experts.schedule import StepPlan
-from outrider.experts.search import Way, search
+from outrider.experts.search import search
+from outrider.experts.ways import Way
 
 SLOTS = (0, 1, 2, 4)
 ENOUGH = 0.01  # a slot more must save this share of the step

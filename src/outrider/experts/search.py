@@ -2,113 +2,32 @@
 
 Tiers, cheapest first: nothing; split over copies that are there; new copies; new homes. Under `balance` a layer gets
 new homes only where its copies alone leave some micro-step above ceil(mean), or had to come from another node. Under
-`time` several whole ways through the step are planned, from standing still to following every micro-step, and each
-layer takes the one that the cost model calls fastest (cost.py).
+`time` several whole ways through the step are planned (ways.py), from standing still to following every micro-step,
+between nodes with copies that stand for the whole step or without; each layer takes the one that the cost model calls
+fastest (cost.py).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from outrider.errors import CallerError
-from outrider.experts.cost import Cost, modelled, tokens_over, transfer_s
+from outrider.experts.cost import Cost, Modelled, modelled, tokens_over, transfer_s
 from outrider.experts.events import Array
 from outrider.experts.peers import make
-from outrider.experts.plan import Plan, homes_of, plan, slots_of
-from outrider.experts.schedule import TIERS, StepPlan, assemble, choose, with_homes
+from outrider.experts.plan import homes_of, slots_of
+from outrider.experts.schedule import StepPlan, choose
 from outrider.experts.split import split
+from outrider.experts.ways import RELOCATION, Progress, Way, settle, through
 
-HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 REFINED, REFINEMENTS, DAMPING = 2, 8, 0.35  # the best ways, walked again, tokens shifted off ranks that links make slow
 SHARES_OF_BREAK_EVEN = (0.5, 2.0)  # least gains that `time` tries, besides taking every gain
 FAR = 2**31 - 1  # a gain that no copy reaches
-NOTHING, SPLIT, REPLICAS, RELOCATION = range(len(TIERS))
-Progress = Callable[[], None]
-
-
-class Way(msgspec.Struct, frozen=True, eq=False):
-    """What all ways through a step have in common; `walk` goes one of them."""
-
-    counts_MLRE: Array
-    slots_R: Array
-    ranks_per_node: int
-    excluded: tuple[int, ...]
-    progress: Progress
-
-    @property
-    def load_MLE(self) -> Array:  # noqa: N802 - array names end in a legend of their axes
-        load: Array = self.counts_MLRE.sum(axis=2)
-        return load
-
-    @property
-    def domain(self) -> int:
-        """Ranks between whose groups experts relocate: nodes, or single ranks where there is but one node."""
-        return self.ranks_per_node if self.ranks_per_node < len(self.slots_R) else 1
-
-    def walk(
-        self,
-        homes_LE: Array,
-        start_LRS: Array | None = None,
-        least_gain: int = 1,
-        bias_MLR: Array | None = None,
-    ) -> StepPlan:
-        """Plan micro-step after micro-step, from the copies `start_LRS`; `progress` is called after each."""
-        load_MLE, before_LRS = self.load_MLE, start_LRS
-        steps: list[Plan] = []
-        for m, counts_LRE in enumerate(self.counts_MLRE):
-            bias_LR = None if bias_MLR is None else bias_MLR[m]
-            ahead_HLE = load_MLE[m + 1 : m + 1 + HORIZON]
-            steps.append(self.step(counts_LRE, homes_LE, before_LRS, ahead_HLE, least_gain, bias_LR))
-            before_LRS = steps[-1].replicas_LRS
-            self.progress()
-        return assemble(
-            "foresight",
-            homes_LE,
-            [with_homes(homes_LE, step.replicas_LRS) for step in steps],
-            [step.quotas for step in steps],
-            ranks_per_node=self.ranks_per_node,
-            tiers_ML=np.stack([self._tiers(step, homes_LE) for step in steps]),
-            proof_MLE=None if bias_MLR is not None else np.stack([step.proof_LE for step in steps]),
-            proof_MLR=None if bias_MLR is not None else np.stack([step.proof_LR for step in steps]),
-        )
-
-    def step(
-        self,
-        counts_LRE: Array,
-        homes_LE: Array,
-        before_LRS: Array | None,
-        ahead_HLE: Array,
-        least_gain: int = 1,
-        bias_LR: Array | None = None,
-    ) -> Plan:
-        return plan(
-            counts_LRE,
-            self.slots_R.tolist(),
-            homes_LE,
-            before_LRS,
-            ahead_HLE=ahead_HLE,
-            ranks_per_node=self.ranks_per_node,
-            excluded=self.excluded,
-            bias_LR=bias_LR,
-            least_gain=least_gain,
-        )
-
-    def relocated(self, homes_LE: Array, size: int) -> Array:
-        """New homes: exchanges between groups of `size` ranks."""
-        from outrider.experts.relocate import HYSTERESIS, relocate  # numba: heavy
-
-        domains_R = np.arange(len(self.slots_R)) // size
-        load_LME = np.ascontiguousarray(self.load_MLE.transpose(1, 0, 2))
-        return np.stack([relocate(*layer, domains_R, HYSTERESIS) for layer in zip(load_LME, homes_LE, strict=True)])
-
-    def _tiers(self, step: Plan, homes_LE: Array) -> Array:
-        """[L] the cheapest tier that describes what the micro-step did; relocation is told from the homes later."""
-        tiers_L = np.full(len(homes_LE), NOTHING)
-        away = homes_LE[step.quotas[:, 0], step.quotas[:, 1]] != step.quotas[:, 3]
-        tiers_L[step.quotas[away, 0]] = SPLIT
-        tiers_L[step.moves[:, 0]] = REPLICAS
-        return tiers_L
+SHARES, MOST = (0.5, 0.25, 0.75), (2, 1, 3)  # standing copies tried: of a node's slots, and of a home rank's experts
+Go = Callable[..., StepPlan]
 
 
 def search(
@@ -161,33 +80,86 @@ def _balanced(way: Way, homes_LE: Array) -> StepPlan:
     return choose((first, second), better_L.astype(np.int64))
 
 
+class Race:
+    """Ways are gone one after the other; of each layer the fastest so far is kept, of equals the first."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.runs: list[tuple[Go, Modelled]] = []
+        self.winners: list[StepPlan] = []  # one, once a way was gone
+        self.seconds_L: Any = np.inf
+
+    def run(self, go: Go) -> Modelled:
+        """Go this way; what it takes."""
+        plan = go()
+        found = modelled(plan, self.cost)
+        faster_L = found.layers_s < self.seconds_L
+        if faster_L.any():
+            self.winners = [choose((*self.winners, plan), faster_L.astype(np.int64) * len(self.winners))]
+            self.seconds_L = np.minimum(self.seconds_L, found.layers_s)
+        self.runs.append((go, found))
+        return found
+
+    def best(self) -> StepPlan:
+        return self.winners[0]
+
+    def leaders(self, places: int) -> list[tuple[Go, Modelled]]:
+        """The fastest ways as a whole."""
+        return sorted(self.runs, key=lambda run: run[1].total_s)[:places]
+
+
+class Knobs(NamedTuple):
+    """Of ways with standing copies: which homes, share of the slots, copies of one home rank's experts, and how other
+    copies come inside nodes (ways.through)."""
+
+    homes: int
+    share: float
+    most: int
+    whole: bool
+    least_gain: int
+
+
 def _fastest(way: Way, homes_LE: Array, cost: Cost) -> StepPlan:
-    """Of several ways through the step, in each layer the one of least modelled seconds; ties to the first named."""
+    """Of several ways through the step, in each layer the one of least modelled seconds; ties to the first tried."""
     between_LE = way.relocated(homes_LE, way.domain)
     all_homes = [homes_LE, between_LE, *([way.relocated(between_LE, 1)] if way.domain > 1 else [])]
-    _, _, ranks, experts = way.counts_MLRE.shape
-    total_LRE = way.counts_MLRE.sum(axis=0)
-    nothing_HLE = way.load_MLE[:0]
     gains = [1, *(max(1, round(share * _break_even(cost))) for share in SHARES_OF_BREAK_EVEN), FAR]
-    tried: list[tuple[Way, Array, Array | None, int]] = []
+    race = Race(cost)
     for homes in all_homes:
-        whole = way.step(total_LRE, homes, None, nothing_HLE).replicas_LRS
-        tried += [(way, homes, start, gain) for start in (None, whole) for gain in gains]
+        for start in (None, way.whole(homes)):
+            for gain in gains:
+                race.run(partial(way.walk, homes, start, gain))
+    _, _, ranks, experts = way.counts_MLRE.shape
     even = all((np.bincount(homes_E, minlength=ranks) * ranks == experts).all() for homes_E in homes_LE)
     if even and not way.excluded:
-        tried.append((*_eplb_layout(way), FAR))
-    ways = [one.walk(homes, start, gain) for one, homes, start, gain in tried]
-    costs = [modelled(one, cost) for one in ways]
-    for i in np.argsort([one.total_s for one in costs], kind="stable")[:REFINED].tolist():
-        one, homes, start, gain = tried[i]
-        refined, bias_MLR = costs[i], np.zeros(way.counts_MLRE.shape[:3], dtype=np.int64)
+        layout, homes, start = _eplb_layout(way)
+        race.run(partial(layout.walk, homes, start, FAR))
+    if way.domain > 1 and way.slots_R.any():
+        _run_standing(race, way, all_homes, gains)
+    for go, found in race.leaders(REFINED):
+        last, bias_MLR = found, np.zeros(way.counts_MLRE.shape[:3], dtype=np.int64)
         for _ in range(REFINEMENTS):
-            bias_MLR = bias_MLR + np.rint(tokens_over(refined, cost) * DAMPING).astype(np.int64)
-            ways.append(one.walk(homes, start, gain, bias_MLR))
-            refined = modelled(ways[-1], cost)
-            costs.append(refined)
-    seconds = np.stack([one.layers_s for one in costs])
-    return choose(ways, seconds.argmin(axis=0))
+            bias_MLR = bias_MLR + np.rint(tokens_over(last, cost) * DAMPING).astype(np.int64)
+            last = race.run(partial(go, bias_MLR=bias_MLR))
+    return race.best()
+
+
+def _run_standing(race: Race, way: Way, all_homes: Sequence[Array], gains: Sequence[int]) -> None:
+    """Ways with standing copies: the homes that suit them, then how many, then how eagerly others come beside them."""
+    seconds: dict[Knobs, float] = {}
+
+    def best(options: list[Knobs]) -> Knobs:
+        for knobs in options:
+            if knobs not in seconds:
+                settled = settle(way, all_homes[knobs.homes], knobs.share, knobs.most, race.cost)
+                found = race.run(partial(through, way, settled, knobs.whole, knobs.least_gain))
+                seconds[knobs] = found.total_s
+        return min(seconds, key=seconds.__getitem__)  # of equals the first
+
+    kinds = [(False, gains[0]), (True, gains[-1])]
+    knobs = best([Knobs(i, SHARES[0], MOST[0], *kind) for i in range(len(all_homes)) for kind in kinds])
+    knobs = best([knobs._replace(share=share, most=most) for share in SHARES for most in MOST])
+    best([knobs._replace(whole=whole, least_gain=gain) for whole in (False, True) for gain in gains])
 
 
 def _eplb_layout(way: Way) -> tuple[Way, Array, Array]:
@@ -214,9 +186,8 @@ def _eplb_layout(way: Way) -> tuple[Way, Array, Array]:
 
 
 def _break_even(cost: Cost) -> float:
-    """Counted tokens that a copy must take off the fullest rank to pay for its exposed transfer."""
-    flop = 6 * cost.shape.hidden * cost.shape.inner * cost.row_scale
-    return transfer_s(cost) * cost.flop_s / flop
+    """Counted tokens that a copy must take off the fullest rank to pay for its transfer, if none of it is hidden."""
+    return transfer_s(cost) / (cost.row_s + cost.near_s) / cost.row_scale
 
 
 def _far_copies(found: StepPlan) -> Array:
