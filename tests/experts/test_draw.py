@@ -137,13 +137,13 @@ def test_rivals_that_have_no_plan_are_told(counts_MLRE: Any) -> None:
 @pytest.mark.parametrize("kind", draw.KINDS)
 def test_equal_input_equal_bytes(kind: str, counts_MLRE: Any, found: StepPlan, others: Front, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    matplotlib.rcParams["font.size"] = 31  # a person's own style must not change the picture
+    matplotlib.rcParams["axes.facecolor"] = "red"  # a person's own style must not change the picture
     try:
         told = picture.picture("a$b$^.npz", ASKED, found, counts_MLRE)
         draw.draw(tmp_path / f"one.{kind}", told, others)
-        assert matplotlib.rcParams["font.size"] == 31
+        assert matplotlib.rcParams["axes.facecolor"] == "red"
     finally:
-        matplotlib.rcParams["font.size"] = before["font.size"]
+        matplotlib.rcParams["axes.facecolor"] = before["axes.facecolor"]
     draw.draw(tmp_path / f"two.{kind.upper()}", told, others)
     one, two = (tmp_path / name for name in (f"one.{kind}", f"two.{kind.upper()}"))
     assert one.read_bytes() == two.read_bytes() and one.read_bytes().startswith(FIRST_BYTES[kind])
