@@ -22,11 +22,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from outrider.errors import CallerError
+from outrider.experts.checkpoint import (
+    PARTS,
+    Gather,
+    check_optimizer,
+    into_model,
+    into_optimizer,
+    of_model,
+    of_optimizer,
+)
+from outrider.experts.dense import Dense, equal
 from outrider.experts.events import Array, Pass, Stage
 from outrider.experts.layer import SpreadBlock, spread
 from outrider.experts.move import Mover
@@ -42,7 +53,10 @@ class Balanced:
     """A model whose MoE blocks are spread and balanced. blocks: by layer; mover: what was moved and computed."""
 
     def __init__(self, model: nn.Module, blocks: list[SpreadBlock], mover: Mover, names: list[str]) -> None:
-        self.model, self.blocks, self.mover, self._names = model, blocks, mover, names
+        self.model, self.blocks, self.mover = model, blocks, mover
+        self.dense = Dense(model, blocks)
+        self.under_way: Run | None = None
+        self._by_name = dict(zip(names, blocks, strict=True))
 
     @contextmanager
     def step(
@@ -56,59 +70,82 @@ class Balanced:
         foreseen   counts_MLRE: token-slots by micro-batch, layer, source rank and expert; or a plan; None: unknown
         passes     the order in which micro-batches will run, where it is not the plain one: what comes is fetched ahead
         optimizer  whose state goes along, where a plan gives experts new homes
+        Gradients that are there are added to, as ever: call zero_grad before, or accumulate over several steps.
         Raises CallerError at the end if gradients were computed and `finish_gradients` was not called.
         """
-        run = Run(self, foreseen is not None)
+        if self.under_way is not None:
+            raise CallerError(
+                "step: the one before has not ended, and its copies would be stale. Call run.finish_gradients() in it;"
+                " after an error in its middle start again from a checkpoint."
+            )
+        if optimizer is not None:
+            check_optimizer(optimizer, self.model, self.blocks)
         if foreseen is None:
             self.mover.begin()
         elif isinstance(foreseen, StepPlan):
             self.mover.follow(foreseen, passes, optimizer)
         else:
-            self.mover.foresee(foreseen, passes)
+            self.mover.foresee(_table(foreseen), passes)
+        self.dense.keep_once()
+        run = self.under_way = Run(self, foreseen is not None)
         yield run
         if not run.finished:
             raise CallerError("step: copies still hold gradients. Call run.finish_gradients() after the last backward.")
 
     def sum_dense_gradients(self) -> None:
-        """Add up over ranks the gradients of all that is whole on every rank, in the order of parameters."""
-        spread_out = {id(p) for block in self.blocks for p in block.experts.parameters()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in spread_out and parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self.blocks[0].group)
+        """Add up over ranks the gradients of all that is whole on every rank, in the order of parameters.
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's state as if it had never been spread, whole on every rank; all ranks must call it."""
-        state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        for name, block in zip(self._names, self.blocks, strict=True):
-            for part in ("gate_up_proj", "down_proj"):
-                state[f"{name}.experts.{part}"] = self._gathered(getattr(block.experts, part).detach(), block)
-        return state
+        CallerError, naming the first, where such parameters are not the same on all ranks any more.
+        """
+        self.dense.sum_gradients()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_, over the gradients of all ranks: their 2-norm before, the same everywhere.
+
+        Call it after finish_gradients, on all ranks. torch's own sees one rank's experts and lets ranks drift apart.
+        """
+        total = self.dense.norm()
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, total)
+        return total
+
+    def state_dict(self, only: int | None = None) -> dict[str, Tensor]:
+        """The model's state as if it had never been spread; all ranks must call it.
+
+        only  None: whole on every rank; or the one rank of the group that gets it, in host memory, the others {}
+        For Hugging Face's files: `model.save_pretrained(path, state_dict=balanced.state_dict())`.
+        """
+        return of_model(self.model, self._by_name, Gather(only))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a whole state, of any plan, number of ranks or of the plain model: each rank keeps its homes."""
-        mine = dict(state)
-        for name, block in zip(self._names, self.blocks, strict=True):
-            at = torch.from_numpy(block.experts.homes_E == block.group.rank())
-            for part in ("gate_up_proj", "down_proj"):
-                mine[f"{name}.experts.{part}"] = state[f"{name}.experts.{part}"][at]
-        self.model.load_state_dict(mine)
+        """Take a whole state, of any plan, number of ranks or of the plain model: each rank keeps its homes.
+
+        CallerError where the state is not whole, or in the middle of a step.
+        """
+        self._check_between("load_state_dict")
+        into_model(self.model, self._by_name, state)
+
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer, only: int | None = None) -> dict[str, Any]:
+        """What optimizer.state_dict() would be for the plain model, made with the same parameters in the same order.
+
+        only  as in `state_dict`
+        CallerError for an optimizer whose state has no row for each expert (some quantised ones).
+        """
+        check_optimizer(optimizer, self.model, self.blocks)
+        return of_optimizer(optimizer, self.blocks, Gather(only))
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Take an optimizer's state of any plan, any number of ranks, or of the plain model; between steps."""
+        self._check_between("load_optimizer_state_dict")
+        check_optimizer(optimizer, self.model, self.blocks)
+        into_optimizer(optimizer, self.blocks, state)
 
     def close(self) -> None:
-        """Close the journal."""
+        """Let go of threads, of shared memory and of the journal."""
         self.mover.close()
 
-    @staticmethod
-    def _gathered(mine: Tensor, block: SpreadBlock) -> Tensor:
-        homes, ranks = block.experts.homes_E, range(block.group.size())
-        sizes = [int((homes == rank).sum()) for rank in ranks]
-        padded = mine.new_zeros((max(sizes), *mine.shape[1:]))
-        padded[: len(mine)] = mine
-        everyone = [torch.empty_like(padded) for _ in ranks]
-        dist.all_gather(everyone, padded, group=block.group)
-        by_rank = torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)])
-        return by_rank[torch.from_numpy(homes.argsort(kind="stable").argsort())]  # by expert id again
+    def _check_between(self, what: str) -> None:
+        if self.under_way is not None:
+            raise CallerError(f"{what}: a step is under way, and copies would be stale. Call it between two steps.")
 
 
 class Run:
@@ -135,8 +172,13 @@ class Run:
         several  the model runs more than once inside; what follows is then fetched at the end only
         """
         self._check(batch)
+        if stage not in ("recompute", "update"):
+            raise CallerError(
+                f"micro_step: no stage {stage!r}. Give recompute or update; a half of an update is run.forward(m) or"
+                " run.backward(m)."
+            )
         mover = self._balanced.mover
-        self._replay(routes, real)
+        self._replay(*self._given(routes, real))
         with mover.micro_step(stage, batch, several) if self._foreseen else mover.react(stage):
             yield
         self._replay(None, None)
@@ -145,8 +187,10 @@ class Run:
     def forward(self, batch: int, routes: Tensor | None = None, real: Tensor | None = None) -> Iterator[None]:
         """The forward pass of an update goes inside; its `backward` follows, other passes may come between."""
         self._check(batch, in_flight=True)
-        self._replayed[batch] = routes, real
-        self._replay(routes, real)
+        if batch in self._replayed:
+            raise CallerError(f"forward of micro-batch {batch}: it is in flight already. Run its backward first.")
+        self._replayed[batch] = self._given(routes, real)
+        self._replay(*self._replayed[batch])
         with self._balanced.mover.micro_step("forward", batch):
             yield
 
@@ -161,10 +205,21 @@ class Run:
             yield
 
     def finish_gradients(self, sum_dense: bool = True) -> None:
-        """Copies' gradients go home. sum_dense False: something else (DDP) sums the dense ones, not the experts'."""
+        """Copies' gradients go home. sum_dense False: something else adds up the dense ones (DDP, by a hook that sums).
+
+        CallerError where a micro-batch is in flight, or where bitwise mode is to leave the sum to something else.
+        """
+        if self.finished:
+            raise CallerError("finish_gradients: the gradients are home already. Call it once a step.")
+        if self._replayed:
+            raise CallerError(
+                f"finish_gradients: micro-batches {sorted(self._replayed)} are in flight. Run their backward first."
+            )
+        if not sum_dense and self._balanced.mover.exact:
+            raise CallerError("finish_gradients: bitwise mode adds up routers' gradients itself. Leave sum_dense out.")
         self._replay(None, None)
         self._balanced.mover.finish()
-        self.finished = True
+        self.finished, self._balanced.under_way = True, None
         if sum_dense:
             self._balanced.sum_dense_gradients()
 
@@ -176,9 +231,39 @@ class Run:
                 f"micro-batch {batch}: without foresight a micro-step ends before the next begins. Use micro_step."
             )
 
+    def _given(self, routes: Any, real: Any) -> tuple[Tensor | None, Tensor | None]:
+        """As tensors: routes of this model, real as a flat mask."""
+        blocks = self._balanced.blocks
+        if routes is not None:
+            routes = torch.as_tensor(routes)
+            want = (len(blocks), getattr(blocks[0].gate, "top_k", routes.shape[-1] if routes.ndim else 0))
+            if routes.ndim != 3 or tuple(routes.shape[1:]) != want or routes.is_floating_point():
+                raise CallerError(
+                    f"routes: {routes.dtype} of shape {tuple(routes.shape)}. Give ids [tokens, {want[0]}, {want[1]}]"
+                    ": of this rank's tokens, for each MoE layer (dense layers left out) its top-k ids."
+                )
+            experts = len(blocks[0].homes)
+            if routes.numel() and int(routes.max()) >= experts:
+                raise CallerError(
+                    f"routes: holds expert {int(routes.max())}, the limit is {experts - 1}. Is it another model's"
+                    " table?"
+                )
+        return routes, None if real is None else torch.as_tensor(real).reshape(-1).bool()
+
     def _replay(self, routes: Tensor | None, real: Tensor | None) -> None:
         for layer, block in enumerate(self._balanced.blocks):
             block.replay(None if routes is None else routes[:, layer], real)
+
+
+def _table(foreseen: Any) -> Array:
+    """counts_MLRE, from whatever holds it."""
+    table: Array = foreseen.cpu().numpy() if isinstance(foreseen, Tensor) else np.asarray(foreseen)
+    if table.dtype.kind not in "iu":
+        raise CallerError(
+            f"counts: {table.dtype} of shape {table.shape}. Give a plan, or integers [micro-batches, layers, ranks,"
+            " experts] as outrider.experts.counts makes them."
+        )
+    return table
 
 
 def balance(
@@ -206,16 +291,22 @@ def balance(
     block_rows  bitwise mode: token-slots of a block, to be the same in runs that are compared
     timeout_s   of each exchange: a rank that died or keeps silent is a WorldError on all others after so long at most
     timeline    keep mover.spans, what ran and what was carried when
-    Raises CallerError for a model without fused experts, and for one whose blocks have parts that cannot be spread.
+    Raises CallerError for a model without fused experts, for one whose blocks have parts that cannot be spread, and for
+    one that is not the same on all ranks.
     """
     group = group or dist.group.WORLD
     if group is None:
         raise CallerError("balance: no process group. Call torch.distributed.init_process_group first.")
     if slots < 0 or block_rows < 1:
         raise CallerError(f"balance: slots {slots}, block_rows {block_rows}. Give 0 or more, and 1 or more.")
+    if any(isinstance(module, SpreadBlock) for module in model.modules()):
+        raise CallerError(
+            "balance: this model is balanced already. Use what balance returned, or give the plain model."
+        )
     experts = _experts_of(model)
     ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=timeout_s)
     tokens, control, lane = (dist.new_group(ranks, timeout=limit, use_local_synchronization=True) for _ in range(3))
+    equal(list(model.named_parameters()), tokens)
     blocks = spread(model, contiguous_homes(experts, len(ranks)), tokens, block_rows if bitwise else 0)
     name_of = {id(module): name for name, module in model.named_modules()}
     names = [name_of[id(block)] for block in blocks]
@@ -231,6 +322,9 @@ def balance(
         update=update if per_node else "direct",
     )
     mover = Mover(Policy(settings), blocks, control, lane, journal, watchdog_s=timeout_s, timeline=timeline)
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment] # or DDP would give all ranks rank 0's experts
+        f"{name}.experts.{part}" for name in names for part in PARTS
+    ]
     return Balanced(model, blocks, mover, names)
 
 

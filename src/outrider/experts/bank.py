@@ -1,6 +1,7 @@
 """The experts that a rank holds, homes and copies, and what they compute. Not pure; called by layer.py and move.py."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from outrider.errors import LawBroken
+from outrider.errors import CallerError, LawBroken
 from outrider.experts.canonical import Key, Sums, wide
 from outrider.experts.copies import Copies, Weights
 from outrider.experts.events import Array
+
+OUTSIDE, BETWEEN = -1, -2  # no step is under way; no micro-step of it is
 
 Blocks = Mapping[int, Sequence[tuple[int, int]]]  # expert -> (number, rows) of each of its blocks computed here
 
@@ -31,12 +34,15 @@ class Bank(nn.Module):
     def __init__(self, experts: nn.Module, homes_E: Array, rank: int, block_rows: int = 0) -> None:
         super().__init__()
         self.rank, self.block_rows, self.layer = rank, block_rows, 0
+        self.batch = OUTSIDE  # what runs now: a backward pass must find what its forward pass found
+        self.ran_backward = False  # in this step
         self.sums = Sums()  # in bitwise mode: gradients by expert, homes and copies alike
         self.act: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
         self.settle_at(homes_E)
         index = torch.from_numpy(np.flatnonzero(homes_E == rank))
-        self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[index].clone())  # type: ignore[operator]
-        self.down_proj = nn.Parameter(experts.down_proj.detach()[index].clone())  # type: ignore[operator]
+        whole: Sequence[nn.Parameter] = (experts.gate_up_proj, experts.down_proj)  # type: ignore[assignment]
+        mine = [nn.Parameter(p.detach()[index].clone(), requires_grad=p.requires_grad) for p in whole]
+        self.gate_up_proj, self.down_proj = mine
         self.shapes = self.gate_up_proj.shape[1:], self.down_proj.shape[1:]
         self.numel = sum(shape.numel() for shape in self.shapes)  # of one expert
         self.computed = 0
@@ -69,26 +75,33 @@ class Bank(nn.Module):
         self._returned[expert, rank] = flat if before is None else before + flat
 
     def settle(self) -> None:
-        """Home gradients = home's own, then the copies' by rank id, in fp32 at least."""
+        """Home gradients = home's own, then the copies' by rank id, in fp32 at least and rounded once.
+
+        Frozen parameters get none: an optimizer that was given them would let them decay.
+        """
         for parameter in self.parameters():
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad and self.ran_backward:
                 parameter.grad = torch.zeros_like(parameter)
-        for (expert, _), flat in sorted(self._returned.items(), key=lambda item: item[0]):
-            self._add_home(expert, flat)
+        for expert, parts in groupby(sorted(self._returned), key=lambda key: key[0]):
+            self._add_home(expert, [self._returned[key] for key in parts])
         for expert in self.row_of if self.sums.leaves_of else ():
             whole = self.sums.settle(expert)
             if whole is not None:
-                self._add_home(expert, whole)
+                self._add_home(expert, [whole])
         self.sums.clear()
         self._returned.clear()
+        self.ran_backward = False
 
-    def _add_home(self, expert: int, flat: Tensor) -> None:
+    def _add_home(self, expert: int, flats: Sequence[Tensor]) -> None:
         at, begin = self.row_of[expert], 0
-        for parameter in self.parameters():
-            assert parameter.grad is not None
-            part = flat[begin : begin + parameter[at].numel()].view(parameter[at].shape)
-            parameter.grad[at] = (wide(parameter.grad[at]) + part).to(parameter.dtype)
-            begin += parameter[at].numel()
+        for parameter, shape in zip(self.parameters(), self.shapes, strict=True):
+            end = begin + shape.numel()
+            if parameter.grad is not None and parameter.requires_grad:
+                total = wide(parameter.grad[at])
+                for flat in flats:
+                    total = total + flat[begin:end].view(shape)
+                parameter.grad[at] = total.to(parameter.dtype)
+            begin = end
 
     def forward(self, rows: Tensor, received_RE: Tensor, blocks: Blocks | None = None, leaves_E: Any = ()) -> Tensor:
         """Apply experts to rows [n, H] that lie by (source, expert); the result lies in the same order.
@@ -102,6 +115,11 @@ class Bank(nn.Module):
         expert_of_row = torch.arange(experts).repeat(ranks).repeat_interleave(received_RE.view(-1))
         by_expert = expert_of_row.argsort(stable=True).to(rows.device)
         again = inside_backward()
+        if again and self.batch == BETWEEN:
+            raise CallerError(
+                f"layer {self.layer}: activations are computed again outside of any micro-step. Call backward inside"
+                " the `with run.micro_step(m)` that ran forward, or inside run.backward(m)."
+            )
         self.computed += 0 if again else sum(sizes_E)
         self.enter(again)
         if blocks is not None:
@@ -116,6 +134,24 @@ class Bank(nn.Module):
     def inner(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act(gate) * up
+
+    @property
+    def learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def enter_backward(self, batch: int) -> None:
+        """The backward pass of what ran in micro-step `batch` begins. CallerError where that is not under way."""
+        self._check(batch)
+        self.ran_backward = True
+        self.enter(True)
+
+    def _check(self, batch: int) -> None:
+        if batch != self.batch:
+            ran, runs = (f"in micro-step {n}" if n >= 0 else "outside of any" for n in (batch, self.batch))
+            raise CallerError(
+                f"layer {self.layer}: forward ran {ran}, its backward runs {runs}, where its copies may be gone."
+                " Put both inside one `with run.micro_step(m)`, or into run.forward(m) and run.backward(m)."
+            )
 
     def weights(self, expert: int) -> Weights:
         """The weights of an expert that this rank holds, home or copy."""
@@ -144,15 +180,15 @@ class _Experts(torch.autograd.Function):
             results[some] = F.linear(bank.inner(hidden[some]), out)
             begin += n
         ctx.save_for_backward(rows, hidden)
-        ctx.bank, ctx.runs = bank, runs
+        ctx.bank, ctx.runs, ctx.batch = bank, runs, bank.batch
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (rows, hidden), bank, runs = ctx.saved_tensors, ctx.bank, ctx.runs
-        bank.enter(True)
-        learns = ctx.needs_input_grad[1] and any(expert in bank.row_of for expert, _ in runs)
-        home = [torch.zeros_like(p) if learns else None for p in (bank.gate_up_proj, bank.down_proj)]
+        bank.enter_backward(ctx.batch)
+        here = any(expert in bank.row_of for expert, _ in runs)
+        home = [torch.zeros_like(p) if here and p.requires_grad else None for p in bank.parameters()]
         back, begin = torch.empty_like(rows), 0
         for expert, n in runs:
             gate_up, down = bank.weights(expert)
@@ -163,12 +199,12 @@ class _Experts(torch.autograd.Function):
                 inner = bank.inner(h)
                 (dh,) = torch.autograd.grad(inner, h, dy @ down)
             back[some] = dh @ gate_up
-            if bank.gate_up_proj.requires_grad:
+            if bank.learns:
                 parts = dh.T @ x, dy.T @ inner.detach()
                 if expert in bank.row_of:
                     for whole, part in zip(home, parts, strict=True):
-                        assert whole is not None
-                        whole[bank.row_of[expert]] = part
+                        if whole is not None:
+                            whole[bank.row_of[expert]] = part
                 else:
                     assert bank.copies is not None
                     bank.copies.add_gradient(bank.layer, expert, *parts)
@@ -183,7 +219,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bank: Bank, blocks: Blocks, leaves_E: list[int]) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.bank, ctx.blocks, ctx.leaves_E = bank, blocks, leaves_E
+        ctx.bank, ctx.blocks, ctx.leaves_E, ctx.batch = bank, blocks, leaves_E, bank.batch
         results, begin = torch.empty_like(rows), 0
         for expert, mine in blocks.items():
             gate_up, down = (
@@ -198,8 +234,8 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (rows,), bank = ctx.saved_tensors, ctx.bank
-        learns = bank.gate_up_proj.requires_grad
-        bank.enter(True)
+        learns = bank.learns
+        bank.enter_backward(ctx.batch)
         serial = bank.sums.begin(ctx.leaves_E) if learns else -1
         back, begin = torch.empty_like(rows), 0
         for expert, mine in ctx.blocks.items():

@@ -36,12 +36,15 @@ class SpreadBlock(nn.Module):
         self.gate, self.group, self.homes = block.gate, group, torch.from_numpy(homes_E)
         self.experts = Bank(block.experts, homes_E, group.rank(), block_rows)  # type: ignore[arg-type]
         self.shared_experts: Any = getattr(block, "shared_experts", None)  # DeepSeek-V3's stay whole on every rank
+        for name, _ in block.named_children():  # parameters in the plain model's order: optimizers number them by it
+            self._modules[name] = self._modules.pop(name)
         self.router_sums = Sums()
         self.seen_E = torch.zeros(len(homes_E), dtype=torch.int64)
         self.routes: Tensor | None = None
         self.real: Tensor | None = None
         self.ask: Callable[[Array], None] | None = None  # reactive: told counts_RE once a micro-step, it calls `use`
         self.asked = False
+        self._known = False  # how the gate weighs experts
         self._upto_ER = torch.zeros((len(homes_E), group.size()), dtype=torch.int64)
 
     def use(self, quotas: Array) -> None:
@@ -61,6 +64,7 @@ class SpreadBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         everything = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self._check(len(everything))
         real = torch.arange(len(everything)) if self.real is None else self.real.nonzero().view(-1)
         real = real.to(everything.device)
         tokens, exact = everything[real], self.experts.block_rows > 0
@@ -94,14 +98,35 @@ class SpreadBlock(nn.Module):
         result = torch.zeros_like(everything).index_copy(0, real, total.to(everything.dtype)).view_as(hidden_states)
         return result if self.shared_experts is None else result + self.shared_experts(hidden_states)
 
+    def _check(self, tokens: int) -> None:
+        for name, given in (("routes", self.routes), ("real", self.real)):
+            if given is not None and len(given) != tokens:
+                raise CallerError(
+                    f"{name}: {len(given)} tokens, and layer {self.experts.layer} was given {tokens}. Give a row for"
+                    " every token of this rank's micro-batch, padding included."
+                )
+
+    def _check_gate(self, logits: Tensor, weights: Tensor, chosen: Tensor) -> None:
+        """Once: are the gate's own weights what `weights_of` makes of its choice?"""
+        if self._known or not len(chosen):
+            return
+        with torch.no_grad():  # whoever computes activations again must find the same graph
+            ours = weights_of(self.gate, logits, chosen).to(weights.dtype)
+        if ours.shape != weights.shape or not torch.allclose(ours, weights, rtol=0.02, atol=1e-3):
+            raise CallerError(
+                f"routes: {type(self.gate).__name__} weighs experts in a way unknown to replay. Leave routes out."
+            )
+        self._known = True
+
     def _route(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Expert ids [T, top_k] and their weights, from the live probabilities (router gradients stay whole)."""
         logits, weights, chosen = self.gate(tokens)
         if routes is None:
             return chosen, weights
+        self._check_gate(logits, weights, chosen)
         recorded = (routes >= 0).all(dim=1, keepdim=True)
-        chosen = torch.where(recorded, routes.to(chosen.dtype), chosen)
-        return chosen, weights_of(self.gate, logits, chosen).to(weights.dtype)
+        both = torch.where(recorded, routes.to(chosen.dtype), chosen)
+        return both, weights_of(self.gate, logits, both).to(weights.dtype)
 
     def _route_exactly(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `_route`, in pieces of CHUNK tokens, the last one padded, so that a row's bits are its own."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from outrider.errors import CallerError, LawBroken, WorldError
+from outrider.experts.bank import BETWEEN, OUTSIDE
 from outrider.experts.copies import Copies
 from outrider.experts.events import (
     CANCEL,
@@ -53,7 +54,7 @@ from outrider.experts.events import (
 from outrider.experts.exchange import Exchange, settle_sums
 from outrider.experts.lane import Lane, Span
 from outrider.experts.layer import SpreadBlock
-from outrider.experts.owners import relocate
+from outrider.experts.owners import check, relocate
 from outrider.experts.policy import Policy
 from outrider.experts.schedule import StepPlan
 from outrider.experts.shared import Shared
@@ -144,12 +145,18 @@ class Mover:
         self.begin()
         self.optimizer = optimizer
         homes, quota = plan.homes.astype(np.int64), plan.quota.astype(np.int64)
-        self._tell(Planned(homes, quota, plan.most.astype(np.int64), tuple(passes)))
+        event = Planned(homes, quota, plan.most.astype(np.int64), tuple(passes))
+        self._agree(event, ())
+        if homes.shape == self.policy.homes_LE.shape:
+            moved = np.flatnonzero((homes != self.policy.homes_LE).any(axis=1)).tolist()
+            check([self.blocks[layer] for layer in moved], optimizer, self.control)
+        self._tell(event)
 
     def begin(self) -> None:
         """A new RL step begins, and nothing is known of its load: `react` instead of `micro_step`."""
         self.now, self.computed_MLR = 0, []
         self.turns.begin()
+        self._at(BETWEEN)
 
     @contextmanager
     def micro_step(self, stage: Stage, batch: int, several: bool = False) -> Iterator[None]:
@@ -161,9 +168,11 @@ class Mover:
         self._tell(Began(stage, batch))
         if stage != "backward":
             self._reset()
+        self._at(batch)
         with watched(f"pass {self.now}"):
             yield
         self.turns.end_pass()
+        self._at(BETWEEN)
         self._start()
         if stage != "backward":
             seen_LRE = self._gather_load()
@@ -177,12 +186,16 @@ class Mover:
         for layer, block in enumerate(self.blocks):
             block.asked = False
             block.ask = lambda counts_RE, layer=layer: self._tell(Gated(stage, layer, counts_RE))
+        self._at(self.now)
+        self.turns.stage = stage
         try:
             with watched(f"pass {self.now}"):
                 yield
         finally:
             for block in self.blocks:
                 block.ask = None
+        self.turns.stage = None
+        self._at(BETWEEN)
         self._gather_load()
         self.now += 1
 
@@ -228,6 +241,13 @@ class Mover:
         if self.spans is not None:
             self.spans.append(Span(what, layer, self._since_s, now_s))
         self._since_s = now_s
+
+    def _at(self, batch: int) -> None:
+        """This micro-step runs from now on. Outside of any, everything is computed at home."""
+        for block in self.blocks:
+            block.experts.batch = batch
+            if batch < 0:
+                block.use(np.zeros((0, 4), dtype=np.int64))
 
     def _reset(self) -> None:
         for block in self.blocks:
@@ -370,4 +390,4 @@ class Mover:
         self.copies.clear()
         for block in self.blocks:
             block.experts.settle()
-            block.use(np.zeros((0, 4), dtype=np.int64))  # outside of a step everything is computed at home
+        self._at(OUTSIDE)

@@ -5,7 +5,7 @@ by expert id. State that has a row for each expert moves (Adam's moments, moment
 steps) is the same everywhere and stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,22 @@ from outrider.experts.events import Array
 from outrider.experts.layer import SpreadBlock
 
 
+def check(blocks: Sequence[SpreadBlock], optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup) -> None:
+    """Can the masters of these blocks move? All ranks ask before anything changes; no blocks, no question.
+
+    CallerError, on all ranks, where a rank has no optimizer to take state from, gradients that are not zero, or state
+    that does not lie by expert or is of another form than the others'.
+    """
+    if not blocks:
+        return
+    problem, form = _form(blocks, optimizer)
+    said: list[Any] = [None] * group.size()
+    dist.all_gather_object(said, (problem, form), group=group)
+    for rank, (words, theirs) in enumerate(said):
+        if words or theirs != said[0][1]:
+            raise CallerError(f"relocation, rank {rank}: {words or 'optimizer state of another form than on rank 0'}.")
+
+
 def relocate(
     blocks: Sequence[SpreadBlock],
     rows: Array,
@@ -25,19 +41,8 @@ def relocate(
     optimizer: torch.optim.Optimizer | None,
     group: dist.ProcessGroup,
 ) -> None:
-    """Move masters. rows [n, 4]: layer, expert, old home, new home; all ranks call it with the same.
-
-    CallerError, on all ranks and with nothing changed, where a rank has no optimizer to take state from, gradients that
-    are not zero, or state of another form than the others.
-    """
-    layers = sorted(set(rows[:, 0].tolist()))
-    problem, form = _form([blocks[layer] for layer in layers], optimizer)
-    said: list[Any] = [None] * group.size()
-    dist.all_gather_object(said, (problem, form), group=group)
-    for rank, (words, theirs) in enumerate(said):
-        if words or theirs != form:
-            raise CallerError(f"relocation, rank {rank}: {words or 'optimizer state of another form than here'}.")
-    for layer in layers:
+    """Move masters, of which `check` found that they can. rows [n, 4]: layer, expert, old home, new home."""
+    for layer in sorted(set(rows[:, 0].tolist())):
         _move_layer(blocks[layer], rows[rows[:, 0] == layer], homes_LE[layer], optimizer, group)
 
 
@@ -53,19 +58,31 @@ def _form(blocks: Sequence[SpreadBlock], optimizer: torch.optim.Optimizer | None
         for parameter in block.experts.parameters():
             if parameter.grad is not None and bool(parameter.grad.any()):
                 return "gradients are not zero. Call optimizer.zero_grad() before a step that relocates experts", None
+            state = optimizer.state.get(parameter, {})
+            if whole := lumped(state, len(parameter)):
+                return f"the optimizer's {whole} has no row for each expert and cannot go along. Keep homes", None
             form.append([(key, t.dtype, tuple(t.shape[1:])) for key, t in _tensors(parameter, optimizer)])
     return "", form
+
+
+def by_expert(value: Any, experts: int) -> bool:
+    """Does this part of an optimizer's state have a row for each of so many experts?"""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == experts
+
+
+def lumped(state: Mapping[str, Any], experts: int) -> str:
+    """A part of the state that belongs to several experts together, as quantised or factored states may; or ""."""
+    parts = (key for key, t in state.items() if isinstance(t, Tensor) and t.numel() > 1 and not by_expert(t, experts))
+    return next(parts, "")
 
 
 def _tensors(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """The parameter, and the optimizer's tensors that have a row for each of its experts, by name."""
     state = optimizer.state.get(parameter, {})
-    by_row = [
-        (key, value)
-        for key, value in sorted(state.items())
-        if isinstance(value, Tensor) and value.ndim and len(value) == len(parameter)
+    return [
+        ("", parameter.detach()),
+        *((key, value) for key, value in sorted(state.items()) if by_expert(value, len(parameter))),
     ]
-    return [("", parameter.detach()), *by_row]
 
 
 def _move_layer(

@@ -7,7 +7,7 @@ gone home, and after Finished nothing is held at all: the optimizer is about to 
 """
 
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import Any, assert_never, get_args
 
 import msgspec
 import numpy as np
@@ -144,6 +144,9 @@ class Policy:
         """A step begins, or is over."""
         self.counts_MLRE, self._steps, self._passes = counts_MLRE, [], passes
         self.replicas_LRS, self._began, self._visits = self._empty(), 0, 0
+        for one in passes:
+            if len(one) != 2 or one[0] not in get_args(Stage):
+                raise CallerError(f"passes: {one!r} is none. Give pairs such as ('update', 0), see events.py.")
         for stage, batch in passes:
             self._counts(batch)
             if stage == "backward" and ("forward", batch) not in passes[: passes.index((stage, batch))]:
@@ -176,12 +179,12 @@ class Policy:
         if len(moved):
             at = tuple(moved.T)
             rows = np.column_stack([moved, self.homes_LE[at], homes_LE[at]])
-            self.homes_LE = homes_LE.astype(np.int64)
-            commands.append(Relocate(rows, self.homes_LE))
+            commands.append(Relocate(rows, homes_LE.astype(np.int64)))
         order = np.argsort(step * layers + layer, kind="stable")
         rows = np.column_stack([layer, expert, source, rank, tokens])[order]
         for m, some in enumerate(np.split(rows, np.searchsorted(step[order], np.arange(1, steps)))):
-            self._steps.append(MicroStep(some, most_LM[:, m].astype(np.int64), self._needs(some)))
+            self._steps.append(MicroStep(some, most_LM[:, m].astype(np.int64), self._needs(some, homes_LE)))
+        self.homes_LE = homes_LE.astype(np.int64)  # last: a plan that is refused changes nothing
         return commands
 
     def _begin(self, stage: Stage, batch: int) -> list[Command]:
@@ -271,11 +274,11 @@ class Policy:
             )
             self.replicas_LRS = step.replicas_LRS
             quotas = step.quotas.astype(np.int64)
-            self._steps.append(MicroStep(quotas, step.most_L, self._needs(quotas)))
+            self._steps.append(MicroStep(quotas, step.most_L, self._needs(quotas, self.homes_LE)))
         return self._steps[batch]
 
-    def _needs(self, quotas: Array) -> Array:
-        away = quotas[self.homes_LE[quotas[:, 0], quotas[:, 1]] != quotas[:, 3]]
+    def _needs(self, quotas: Array, homes_LE: Array) -> Array:
+        away = quotas[homes_LE[quotas[:, 0], quotas[:, 1]] != quotas[:, 3]]
         needs: Array = np.unique(away[:, [0, 3, 1]], axis=0)
         _, copies = np.unique(needs[:, :2], axis=0, return_counts=True)
         if copies.max(initial=0) > self.settings.frames:
@@ -301,7 +304,7 @@ class Policy:
         self.replicas_LRS[layer] = step.replicas_LRS[0]
         quotas = step.quotas.astype(np.int64)
         quotas[:, 0] = layer
-        rows = self._refill(layer, self._needs(quotas), stage == "update")
+        rows = self._refill(layer, self._needs(quotas, self.homes_LE), stage == "update")
         return [*([Carry(rows)] if len(rows) else []), UseLayer(layer, quotas, int(step.most_L[0]))]
 
     def _refill(self, layer: int, needs: Array, backward: bool) -> Array:
@@ -339,7 +342,7 @@ class Policy:
 
     def _checked(self, counts_MLRE: Array) -> Array:
         want = (self.settings.layers, self.settings.ranks, self.settings.experts)
-        if counts_MLRE.ndim != 4 or counts_MLRE.shape[1:] != want:
+        if counts_MLRE.ndim != 4 or counts_MLRE.shape[1:] != want or not len(counts_MLRE):
             raise CallerError(f"counts: shape {counts_MLRE.shape}. Give [micro-batches, *{want}].")
         return counts_MLRE
 

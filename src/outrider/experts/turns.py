@@ -35,6 +35,7 @@ class Turns:
         self._over = -1  # visits up to this one are over
         self._pass: tuple[Stage, int] | None = None  # under way, and its first visit
         self._several = False
+        self.stage: Stage | None = None  # of the pass under way, planned ahead or not
 
     def begin(self) -> None:
         """A new step."""
@@ -49,6 +50,7 @@ class Turns:
         several   the model runs more than once inside, so that no visit is over before the pass is
         """
         self._pass, self._over, self._several = (stage, first), max(self._over, first - 1), several
+        self.stage = stage
         if not expected:
             self._due = [(first, ticket) for _, ticket in self._due]
 
@@ -57,6 +59,7 @@ class Turns:
         assert self._pass is not None
         stage, first = self._pass
         self._over, self._pass = first + self.layers * (2 if stage == "update" else 1) - 1, None
+        self.stage = None
 
     def queue(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -71,6 +74,12 @@ class Turns:
 
     def enter(self, layer: int, backward: bool) -> int:
         """A layer's turn: the ticket to wait for, 0 for none. CallerError where it is out of turn."""
+        if (self.stage in ("recompute", "forward") and backward) or (self.stage == "backward" and not backward):
+            way = "backward" if backward else "forward"
+            raise CallerError(
+                f"layer {layer} runs {way} inside a {self.stage} pass, which has no {way}. Run both inside"
+                " run.micro_step(m), or forward inside run.forward(m) and backward inside run.backward(m)."
+            )
         if self._pass is None:
             return 0
         visit = self._visit(layer, backward)
