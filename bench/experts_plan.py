@@ -10,8 +10,12 @@ planning  128 experts, 32 ranks, 2 spare slots, top-8, 8 sequences of 2,048 toke
           file is named, and our own compiled drop-in of EPLB (bench/experts_eplb.py has vLLM's too); they place, and
           split evenly for nothing. over_bound: largest rank load / ceil(mean).
           copies: (expert, rank) pairs absent one micro-step before. Linear in layers: the same at 8 to 64 layers.
-study     64 ranks in nodes of 8, specialised, objective `time`: seconds of the cost model, nothing is measured.
-          speedup: static / planned; of_even: an even gate / planned. A base case, and one assumption changed at a time.
+study     64 ranks in nodes of 8, specialised, 24 micro-steps, 2 layers, 2 slots, objective `time`: seconds of the cost
+          model, nothing is measured. speedup: static / planned; of_even: an even gate (every source sends every expert
+          as much, experts at home, nothing moves, whole tiles) / planned, and the same by the twin of the mover, an
+          event-driven simulation of the very policy (lab/twins/experts.py). A base case, and one assumption changed at
+          a time. where: microseconds a layer and forward pass at the slowest rank, for the plan and for an even gate.
+search    seconds of that search, base case, one seed, one core.
 """
 
 import argparse
@@ -27,19 +31,22 @@ import msgspec
 import numpy as np
 from experts_eplb import imbalance, peer
 
-from outrider.experts import contiguous_homes, plan, rebalance_experts
-from outrider.experts.cost import LINKS, SHAPES, Cost, force_balanced_s, modelled
+from outrider.experts import Policy, Settings, contiguous_homes, plan, rebalance_experts
+from outrider.experts.cost import LINKS, PASSES, SHAPES, Cost, force_balanced_s, modelled
 from outrider.experts.schedule import StepPlan
 from outrider.experts.search import search
 from outrider.experts.ways import HORIZON, Way
+from outrider.lab.clock import Clock
 from outrider.lab.experts_load import REGIMES, synthetic
+from outrider.lab.twins.experts import ExpertsTwin
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "bench/results/experts_plan.json"
 EXPERTS, RANKS, SLOTS, LAYERS, STEPS, ROUNDS = 128, 32, 2, 16, 8, 2
 COPIES = EXPERTS + RANKS * SLOTS
-SEEDS, STUDY_STEPS, STUDY_LAYERS = range(5), 6, 2
+SEEDS, STUDY_RANKS, STUDY_NODE, STUDY_LAYERS = range(5), 64, 8, 2
 BASE = Cost(LINKS["nvlink"], SHAPES["qwen3-30b-a3b"])
+STUDY = "study, modelled: 64 ranks in nodes of 8, seeds 0-4"
 
 
 def walk(counts: Any, per_node: int) -> tuple[list[float], list[Any]]:
@@ -127,45 +134,123 @@ def planning(deepseek: Path | None) -> dict[str, Any]:
     return result
 
 
+def study_load(seed: int) -> Any:
+    return synthetic("specialised", STUDY_RANKS, seed, layers=STUDY_LAYERS)
+
+
+def on_all_ranks(counts: Any) -> Any:
+    """The same token-slots, each sequence's dealt to all ranks alike: no node has likes of its own."""
+    load = counts.sum(axis=2)
+    even = np.repeat(load[:, :, None] // STUDY_RANKS, STUDY_RANKS, axis=2)
+    for m, layer in np.ndindex(load.shape[:2]):
+        left = np.repeat(np.arange(EXPERTS), load[m, layer] % STUDY_RANKS)
+        np.add.at(even[m, layer], (np.arange(len(left)) % STUDY_RANKS, left), 1)
+    return even
+
+
+def planned(counts: Any, cost: Cost) -> StepPlan:
+    return search(counts, SLOTS, objective="time", cost=cost, ranks_per_node=STUDY_NODE)
+
+
+def where(found: StepPlan, cost: Cost) -> dict[str, float]:
+    """Microseconds a layer and forward pass, means over layers and micro-steps; waits as shares of the four passes."""
+    layers, steps, ranks, experts = found.shape
+    layer, m, _, expert, rank, tokens = found.quota.astype(np.int64).T
+    at = np.zeros((layers, steps, experts, ranks))
+    np.add.at(at, (layer, m, expert, rank), tokens)
+    rows, passes = np.ceil(at / cost.tile_rows) * cost.tile_rows, PASSES * layers * steps
+    seen = modelled(found, cost)
+    slow = seen.rank_s.argmax(axis=2)
+    own = {
+        "compute": cost.row_s * at.sum(axis=2),
+        "padding": cost.row_s * (rows - at).sum(axis=2),
+        "launches": cost.launch_s * (at > 0).sum(axis=2),
+    }
+    parts = {name: np.take_along_axis(s, slow[..., None], axis=2).mean() for name, s in own.items()}
+    parts["tokens on links"] = seen.layer_s.mean() - sum(parts.values())
+    parts["waits for first copies"] = seen.recompute_wait_s[:, 0].sum() / passes
+    parts["waits for last gradients"] = seen.last_wait_s.sum() / passes
+    parts["waits between"] = (seen.recompute_wait_s[:, 1:].sum() + seen.update_wait_s.sum()) / passes
+    return {name: round(float(s) * 1e6, 1) for name, s in parts.items()}
+
+
+def where_even(counts: Any, cost: Cost) -> dict[str, float]:
+    share = counts.sum(axis=(2, 3)).mean() / STUDY_RANKS
+    beyond, others = 1 - STUDY_NODE / STUDY_RANKS, 1 - 1 / STUDY_RANKS
+    parts = {
+        "compute": cost.row_s * share,
+        "launches": cost.launch_s * EXPERTS / STUDY_RANKS,
+        "tokens on links": share * (others * cost.near_s + beyond * cost.far_s),
+    }
+    return {name: round(float(s) * 1e6, 1) for name, s in parts.items()}
+
+
+def by_the_twin(found: StepPlan, cost: Cost) -> float:
+    """Seconds of the step on the virtual clock."""
+    layers, steps, ranks, experts = found.shape
+    twin = ExpertsTwin(Policy(Settings(layers, experts, ranks, SLOTS, ranks_per_node=STUDY_NODE)), cost, Clock())
+    twin.run(twin.step(found, [(stage, m) for stage in ("recompute", "update") for m in range(steps)]))
+    return twin.outcome.seconds
+
+
 def study() -> dict[str, Any]:
-    cases = {"base: nvlink, tile 128, 400 Tflop/s": BASE}
-    cases |= {f"tile {rows}": msgspec.structs.replace(BASE, tile_rows=rows) for rows in (1, 64)}
-    cases |= {f"{flop / 1e12:.0f} Tflop/s": msgspec.structs.replace(BASE, flop_s=flop) for flop in (200e12, 800e12)}
-    cases |= {name: msgspec.structs.replace(BASE, links=LINKS[name]) for name in ("pcie", "ib")}
-    speedup: dict[str, list[float]] = {name: [] for name in cases}
-    of_even: dict[str, list[float]] = {name: [] for name in cases}
+    change = msgspec.structs.replace
+    cases = {"base: nvlink, tile 128, 400 Tflop/s, launch 0.2 us": BASE}
+    cases |= {f"tile {rows}": change(BASE, tile_rows=rows) for rows in (1, 64)}
+    cases |= {f"{flop / 1e12:.0f} Tflop/s": change(BASE, flop_s=flop) for flop in (200e12, 800e12)}
+    cases |= {"launch 2 us": change(BASE, launch_s=2e-6), "sequences on all ranks": BASE}
+    cases |= {name: change(BASE, links=LINKS[name]) for name in ("pcie", "ib")}
+    beside = "copies beside tokens"
+    cases |= {f"{name}, {beside}": change(BASE, links=LINKS[name], shared_links=False) for name in LINKS}
+    result: dict[str, Any] = {name: {"speedup": [], "of_even": []} for name in cases}
+    base = result[next(iter(cases))]
+    base |= {"of_even_by_the_twin": [], "where": [], "where_even": where_even(study_load(0), BASE)}
     for seed in SEEDS:
-        counts = synthetic("specialised", 64, seed, layers=STUDY_LAYERS, micro_steps=STUDY_STEPS)
-        static = at_home(counts, 64)
+        counts = study_load(seed)
         for name, cost in cases.items():
-            found = search(counts, SLOTS, objective="time", cost=cost, ranks_per_node=8)
-            seconds = modelled(found, cost).total_s
-            speedup[name].append(round(modelled(static, cost).total_s / seconds, 3))
-            of_even[name].append(round(force_balanced_s(counts, static, cost) / seconds, 4))
-            print(seed, name, speedup[name][-1], of_even[name][-1], flush=True)
-    return {name: {"speedup": speedup[name], "of_even": of_even[name]} for name in cases}
+            table = on_all_ranks(counts) if name == "sequences on all ranks" else counts
+            found, static = planned(table, cost), at_home(table, STUDY_RANKS)
+            even_s, seconds = force_balanced_s(table, static, cost), modelled(found, cost).total_s
+            result[name]["speedup"].append(round(modelled(static, cost).total_s / seconds, 3))
+            result[name]["of_even"].append(round(even_s / seconds, 4))
+            if result[name] is base:
+                base["of_even_by_the_twin"].append(round(even_s / by_the_twin(found, cost), 4))
+                base["where"].append(where(found, cost))
+            print(seed, name, {key: some[-1] for key, some in result[name].items() if key != "where_even"}, flush=True)
+    return result
+
+
+def searching() -> dict[str, float]:
+    """Seconds of one search, compiled and warm."""
+    counts = study_load(0)
+    planned(counts[:2], BASE)
+    began_s = time.perf_counter()
+    planned(counts, BASE)
+    return {"seconds": round(time.perf_counter() - began_s, 2), "layers": STUDY_LAYERS, "micro_steps": len(counts)}
 
 
 def at_home(counts: Any, ranks: int) -> StepPlan:
     homes = np.tile(contiguous_homes(EXPERTS, ranks), (counts.shape[1], 1))
-    return Way(counts, np.zeros(ranks, dtype=np.int64), 8, (), lambda: None).walk(homes)
+    return Way(counts, np.zeros(ranks, dtype=np.int64), STUDY_NODE, (), lambda: None).walk(homes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=["planning", "study", "both"], default="both")
+    parser.add_argument("--part", choices=["planning", "study", "search", "both"], default="both")
     parser.add_argument("--deepseek", type=Path, help="eplb.py of a clone of deepseek-ai/EPLB")
     options = parser.parse_args()
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    result |= {
+    result: dict[str, Any] = {
         "synthetic": True,
         "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
     }
-    if options.part != "study":
+    if options.part in ("planning", "both"):
         result["planning"] = planning(options.deepseek)
-    if options.part != "planning":
-        result["study, modelled: 64 ranks in nodes of 8, seeds 0-4"] = study()
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    if options.part in ("search", "both"):
+        result["search, time, 64 ranks in nodes of 8"] = searching()
+    if options.part in ("study", "both"):
+        result[STUDY] = study()
+    other = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    RESULT.write_text(json.dumps(other | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from outrider.errors import CallerError
 from outrider.experts import contiguous_homes
-from outrider.experts.cost import LINKS, SHAPES, Cost, force_balanced_s, modelled, new_copies
+from outrider.experts.cost import LINKS, SHAPES, Cost, Links, Shape, force_balanced_s, modelled, new_copies
 from outrider.experts.foresee import counts
 from outrider.experts.peers import make
 from outrider.experts.routing import Routing
 from outrider.experts.schedule import TIERS, StepPlan, assemble
-from outrider.experts.search import search
+from outrider.experts.search import FAR, Race, search
+from outrider.experts.ways import Way
 
 COST = Cost(LINKS["pcie"], SHAPES["olmoe-1b-7b"], row_scale=16)
 
@@ -104,6 +105,45 @@ def test_a_step_like_the_last_relocates_nothing() -> None:
     assert not (again.tiers == TIERS.index("relocation")).any()
 
 
+@given(steps())
+@settings(max_examples=25, deadline=None)
+def test_the_race_is_never_behind_a_way_that_was_gone(problem: dict[str, Any]) -> None:
+    """Layer by layer the fastest, and as a whole no slower than any; the first of equals."""
+    counted, excluded = problem["counts_MLRE"], problem["excluded"]
+    slots_R = np.array(problem["slots"])
+    slots_R[list(excluded)] = 0
+    way = Way(counted, slots_R, problem["ranks_per_node"], excluded, lambda: None)
+    homes = problem["homes"]
+    if homes is None:
+        homes = np.tile(contiguous_homes(counted.shape[3], counted.shape[2], excluded), (counted.shape[1], 1))
+    race = Race(COST)
+    ways = [way.walk(homes, None, gain) for gain in (FAR, 1, FAR, 30)]
+    found = [race.run(lambda plan=plan: plan) for plan in ways]
+    best = modelled(race.best(), COST)
+    assert best.total_s <= min(one.total_s for one in found)
+    assert (race.seconds_L == np.min([one.layers_s for one in found], axis=0)).all()
+    assert race.leaders(1)[0][0]().digest() == min(ways, key=lambda one: modelled(one, COST).total_s).digest()
+    for layer, seconds in enumerate(race.seconds_L):
+        first = next(plan for plan, one in zip(ways, found, strict=True) if one.layers_s[layer] == seconds)
+        assert (race.mixed[0].hosts[layer] == first.hosts[layer]).all()
+
+
+def test_layers_of_two_ways_may_fit_less_well_than_those_of_one() -> None:
+    """The second layer's copy hides behind the first layer, 4.25 s in one way; the other's 3.25 s are full of tokens."""
+    cost = Cost(Links(4.0, 2.0, 0.5), Shape(2, 1), 12.0, tile_rows=1, launch_s=0.25)
+
+    def two(first: list[int], second: list[int], copy: int) -> StepPlan:
+        hosts = np.array([[[0, -1], [1, -1]], [[0, -1], [1, copy]]])
+        rows = np.array([[0, *first], [1, *second]])
+        return assemble("static", np.array([[0, 1]] * 2), [hosts], [rows], ranks_per_node=2)
+
+    race = Race(cost)
+    still, busy = two([0, 0, 0, 4], [0, 0, 0, 1], 0), two([0, 1, 0, 1], [0, 0, 0, 30], -1)
+    seconds = [race.run(lambda plan=plan: plan).total_s for plan in (still, busy)]
+    assert modelled(race.mixed[0], cost).total_s > seconds[0]
+    assert race.best() is still
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -171,6 +211,17 @@ def test_in_modelled_time_no_rival_is_faster(
     for name in ("static", "split", "eplb", "eplb-oracle"):
         assert ours <= modelled(rival(name, counted, 8), cost).total_s, name
     assert ours > 0.5 * force_balanced_s(counted, plan, cost)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", ["intent", "law"])
+def test_on_real_routing_of_two_nodes_it_is_faster_than_an_even_gate(routing: Any, domain: str) -> None:
+    """Modelled: an even gate sends half of all tokens to the other node; standing copies keep most of these at home."""
+    counted = real(routing, domain, 16, CUTS[0], slice(None, None, 8))
+    cost = Cost(LINKS["nvlink"], SHAPES["deepseek-v2-lite"], row_scale=64)
+    plan = search(counted, 2, objective="time", cost=cost, ranks_per_node=8)
+    plan.validate(counted)
+    assert modelled(plan, cost).total_s <= force_balanced_s(counted, plan, cost) / 1.2
 
 
 @pytest.mark.slow

@@ -86,8 +86,10 @@ class Race:
     def __init__(self, cost: Cost) -> None:
         self.cost = cost
         self.runs: list[tuple[Go, Modelled]] = []
-        self.winners: list[StepPlan] = []  # one, once a way was gone
+        self.mixed: list[StepPlan] = []  # of each layer the fastest: one plan, once a way was gone
         self.seconds_L: Any = np.inf
+        self.whole: list[StepPlan] = []  # the fastest of the ways as they are
+        self.whole_s = np.inf
 
     def run(self, go: Go) -> Modelled:
         """Go this way; what it takes."""
@@ -95,16 +97,20 @@ class Race:
         found = modelled(plan, self.cost)
         faster_L = found.layers_s < self.seconds_L
         if faster_L.any():
-            self.winners = [choose((*self.winners, plan), faster_L.astype(np.int64) * len(self.winners))]
+            self.mixed = [choose((*self.mixed, plan), faster_L.astype(np.int64) * len(self.mixed))]
             self.seconds_L = np.minimum(self.seconds_L, found.layers_s)
+        if found.total_s < self.whole_s:
+            self.whole, self.whole_s = [plan], found.total_s
         self.runs.append((go, found))
         return found
 
     def best(self) -> StepPlan:
-        return self.winners[0]
+        """Never slower than a way that was gone: a layer's first copies hide behind the layer before, so that layers of
+        different ways may fit less well than they did."""
+        return self.mixed[0] if modelled(self.mixed[0], self.cost).total_s <= self.whole_s else self.whole[0]
 
     def leaders(self, places: int) -> list[tuple[Go, Modelled]]:
-        """The fastest ways as a whole."""
+        """The fastest ways as they are."""
         return sorted(self.runs, key=lambda run: run[1].total_s)[:places]
 
 
