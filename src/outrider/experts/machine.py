@@ -22,7 +22,8 @@ ROWS = 512  # tokens of an expert in one product
 
 
 def describe() -> dict[str, Any]:
-    """Whose figures these are: name, processor, cores that this process may use, versions."""
+    """Whose figures these are: name, processor, cores that this process may use, versions; load_average: processes
+    that wanted to run in the last minute, before this began."""
     import torch  # heavy, and an optional dependency of the package
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -31,6 +32,7 @@ def describe() -> dict[str, Any]:
         "name": platform.node(),
         "processor": models[0] if models else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": date.today().isoformat(),
         "python": platform.python_version(),

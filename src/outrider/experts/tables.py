@@ -45,11 +45,13 @@ def measured(result: dict[str, Any]) -> Group:
     """What `benchmark.run` found."""
     here, load, expert = result["machine"], result["load"], result["copies"]
     routes = f"synthetic routes, {load['regime']}" if load["synthetic"] else f"routes of {Path(load['file']).name}"
+    busy = here["load_average"] > here["cores"] / 2
     return Group(
         f"Measured on {here['name']}: {here['processor']}, {here['cores']} cores; one thread each.",
         f"Load: {routes}; {load['layers']} layers, {load['micro_steps']} micro-steps of"
         f" {load['microbatch_tokens']:,} tokens, top {load['top_k']} of {load['experts']}; EP {load['ranks']},"
         f" {load['slots']} spare slots. Expert: {expert['model']}, {expert['expert_bytes'] / 1e6:.3g} MB.",
+        *([f"Others were busy here (load average {here['load_average']:.1f}): times are too long."] if busy else ()),
         _planners(result["planning"]),
         listed(*_rates(result)),
     )
