@@ -1,0 +1,116 @@
+"""A balanced training step on the wall clock: processes on this machine, against static placement and an even gate.
+
+    flock -x /work/measure.lock nice -n -18 python bench/experts_live.py --part hot   # each writes its part of
+    python bench/experts_live.py --part cuda                                          # bench/results/experts_live.json
+
+part           ranks  experts' cost                  routes
+hot            2      real products, fp32            SYNTHETIC, made to be skewed: the hot rank rotates (W6)
+real           2      real products, fp32            recorded (DeepSeek-V2-Lite, prefill); weights are random
+emulated       4      EMULATED: asleep for each row  SYNTHETIC, as hot
+emulated-real  4      EMULATED: asleep for each row  recorded
+cuda           1      needs a CUDA device: host-to-device copies on the lane beside a grouped GEMM
+
+The models are small Qwen3-MoE shapes with random weights; a rank is a process with one thread, pinned to a core, gloo
+over loopback. A step is a recompute pass of all micro-batches, an update pass of all, gradients home; weights do not
+change. Arms (outrider.lab.experts_live.rank) take turns, from a barrier each. Medians are over steps in which other
+processes took at most a tenth of the machine, as far as there are any: `others_share` says how it was.
+share_of_even: seconds of an even gate / seconds. lane_s counts waiting for the other side too; exposed_s: compute
+waited for the lane. On a CPU copies take their time from a core that computes: what is hidden is not free.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from outrider.errors import CallerError
+from outrider.lab.experts_live.overlap import Shape, overlap
+from outrider.lab.experts_live.routes import Case
+from outrider.lab.experts_live.run import panels, run, summed
+from outrider.lab.experts_live.timeline import draw, trace
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+RECORDED = ROOT.parent / "shared/data/moe-routing-deepseek-v2-lite/routing.npz"
+QUIET = 0.1
+HOT = Case(
+    layers=3, experts=8, top_k=2, hidden=512, inner=1024, tokens=768, batches=4, rounds=7, quiet=QUIET, budget_s=130
+)
+REAL = Case(
+    layers=3, experts=64, top_k=6, hidden=512, inner=128, tokens=1024, batches=4, rounds=7, quiet=QUIET, budget_s=130,
+    routes=str(RECORDED),
+)  # fmt: skip
+SLEEPY = {"row_s": 5e-5, "hidden": 256, "inner": 256, "quiet": 1.0}
+PARTS = {
+    "hot": (HOT, 2),
+    "real": (REAL, 2),
+    "emulated": (msgspec.structs.replace(HOT, experts=16, tokens=512, hot=0.45, **SLEEPY), 4),
+    "emulated-real": (msgspec.structs.replace(REAL, tokens=512, **SLEEPY), 4),
+}
+DRAWN = ("static", "at once", "outrider", "even gate")
+
+
+def measure(part: str, folder: Path) -> dict[str, Any]:
+    case, ranks = PARTS[part]
+    with tempfile.TemporaryDirectory() as directory:
+        seen = run(case, ranks, Path(directory))
+    table = summed(seen, case)
+    some = panels(seen, case, DRAWN)
+    synthetic = "synthetic routes" if case.routes == "hot" else "recorded routes, random weights"
+    cost = f"EMULATED expert cost, {1e6 * case.row_s:.0f} us a row" if case.row_s else "real expert products in fp32"
+    title = f"One step on {ranks} ranks: {cost}"
+    notes = (
+        f"{synthetic}; {case.layers} layers, {case.batches} micro-batches; above: experts and waits; below: the lane"
+    )
+    (folder / f"experts_live_{part}.trace.json").write_bytes(trace(some))
+    draw(folder / f"experts_live_{part}.png", title, notes, some)
+    for arm, row in table.items():
+        print(f"{arm:10} {row['seconds']:7.3f} s  {row['times_static']:.3f} of static  {json.dumps(row)}", flush=True)
+    shape = {name: value for name, value in msgspec.structs.asdict(case).items() if name != "routes"}
+    return {
+        "what": f"{cost}; {synthetic}; {ranks} ranks",
+        "ranks": ranks,
+        "case": shape,
+        "load_average": os.getloadavg(),
+        "arms": table,
+    }
+
+
+def cuda() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        raise CallerError(
+            "--part cuda: this machine has no CUDA device (or torch is a CPU build). Run it on one that has."
+        )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    found = overlap(torch.device("cuda"), Shape(), torch.distributed.group.WORLD)
+    torch.distributed.destroy_process_group()
+    for one in found:
+        print(one)
+    return {torch.cuda.get_device_name(): [msgspec.structs.asdict(one) for one in found]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", choices=[*PARTS, "cuda", "all"], default="all")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where pictures and traces go")
+    options = parser.parse_args()
+    path = RESULTS / "experts_live.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    for part in PARTS if options.part == "all" else [options.part]:
+        try:
+            result[part] = cuda() if part == "cuda" else measure(part, options.folder)
+        except CallerError as error:
+            sys.exit(str(error))
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
