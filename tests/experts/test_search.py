@@ -129,7 +129,7 @@ def test_the_race_is_never_behind_a_way_that_was_gone(problem: dict[str, Any]) -
 
 
 def test_layers_of_two_ways_may_fit_less_well_than_those_of_one() -> None:
-    """The second layer's copy hides behind the first layer, 4.25 s in one way; the other's 3.25 s are full of tokens."""
+    """A copy for layer 1 hides behind layer 0, 4.25 s in one way; the 3.25 s of the other are full of tokens."""
     cost = Cost(Links(4.0, 2.0, 0.5), Shape(2, 1), 12.0, tile_rows=1, launch_s=0.25)
 
     def two(first: list[int], second: list[int], copy: int) -> StepPlan:
