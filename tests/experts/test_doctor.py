@@ -1,5 +1,6 @@
 """The doctor says that balancing pays where it does, that it does not where it does not, and what would change that."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,10 @@ from outrider.experts.cost import LINKS, SHAPES, Cost
 from outrider.experts.doctor import LAYERS, SCALES, SLOTS, Advice, advise
 
 
-def advice(heat: Any, tokens: int, links: str = "nvlink", layers: int = 2) -> Advice:
+def advice(heat: Any, tokens: int, links: str = "nvlink", layers: int = 2, per_node: int = 4) -> Advice:
     rng = np.random.default_rng(1)
     counted = rng.poisson(np.array(heat) * tokens, (4, layers, 4, 8)).astype(np.int64)
-    return advise(counted, Cost(LINKS[links], SHAPES["qwen3-30b-a3b"]), 4)
+    return advise(counted, Cost(LINKS[links], SHAPES["qwen3-30b-a3b"]), per_node)
 
 
 def test_it_pays_where_one_expert_is_hot() -> None:
@@ -20,8 +21,16 @@ def test_it_pays_where_one_expert_is_hot() -> None:
     words = " ".join(found.words)
     assert "waiting for the fullest rank" in words
     assert f"Balancing pays: {found.slots} spare slot(s)" in words
+    assert "between nodes" not in words, "there is one"
     assert "so one placement serves most of the step" in words
     assert f"{found.static_s / found.seconds_by_slots[found.slots]:.2f}x" in words
+
+
+def test_it_tells_what_crosses_between_nodes() -> None:
+    """Two nodes of two ranks, every source alike: half of all tokens cross, until copies of the hot experts stand."""
+    words = " ".join(advice([30, 1, 1, 1, 30, 1, 1, 1], 300, layers=1, per_node=2).words)
+    kept, at_home = (int(some) for some in re.findall(r"(\d+)% of all token-slots cross.*instead of (\d+)%", words)[0])
+    assert at_home == 50 and kept < 25
 
 
 def test_it_does_not_pay_where_the_load_is_even() -> None:

@@ -79,10 +79,10 @@ def advise(counts_MLRE: Array, cost: Cost, ranks_per_node: int, progress: Callab
         slot_bytes,
         (),
     )
-    return msgspec.structs.replace(advice, words=_words(advice, plans[slots], counts_MLRE))
+    return msgspec.structs.replace(advice, words=_words(advice, static, plans[slots], counts_MLRE))
 
 
-def _words(advice: Advice, plan: StepPlan, counts_MLRE: Array) -> tuple[str, ...]:
+def _words(advice: Advice, static: StepPlan, plan: StepPlan, counts_MLRE: Array) -> tuple[str, ...]:
     waste = 1 - advice.force_balanced_s / advice.static_s
     load = counts_MLRE.sum(axis=2)
     steady = _likeness(load)
@@ -96,6 +96,11 @@ def _words(advice: Advice, plan: StepPlan, counts_MLRE: Array) -> tuple[str, ...
     homes = int((plan.homes != contiguous_homes(plan.shape[3], plan.shape[2])).sum())
     follow = "one placement serves most of the step" if steady > 0.95 else "copies have to follow the micro-steps"
     memory = advice.slot_bytes * advice.slots / 1e9
+    far = (
+        (f"{_crossing(plan):.0%} of all token-slots cross between nodes, instead of {_crossing(static):.0%}.",)
+        if plan.ranks_per_node < plan.shape[2]
+        else ()
+    )
     return (
         first,
         f"Balancing pays: {advice.slots} spare slot(s) a rank save {advice.saved:.0%} of the step"
@@ -103,6 +108,7 @@ def _words(advice: Advice, plan: StepPlan, counts_MLRE: Array) -> tuple[str, ...
         " has its own.",
         f"{homes / plan.homes.size:.0%} of the experts relocate at the step boundary; neighbouring micro-steps are"
         f" {steady:.0%} alike, so {follow}.",
+        *far,
         *_changes(advice),
     )
 
@@ -111,6 +117,13 @@ def _changes(advice: Advice) -> tuple[str, ...]:
     links = ", ".join(f"{name} {share:.0%}" for name, share in advice.saved_by_links.items())
     scales = ", ".join(f"{name} {share:.0%}" for name, share in advice.saved_by_scale.items())
     return f"Saved under other links: {links}.", f"Saved with micro-batches of other sizes: {scales}."
+
+
+def _crossing(plan: StepPlan) -> float:
+    """Share of the token-slots that are computed in another node than their source's."""
+    source, rank, tokens = plan.quota[:, 2], plan.quota[:, 4], plan.quota[:, 5]
+    away = source // plan.ranks_per_node != rank // plan.ranks_per_node
+    return float(tokens[away].sum() / max(1, tokens.sum()))
 
 
 def _likeness(load_MLE: Any) -> float:
