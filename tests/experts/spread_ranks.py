@@ -1,7 +1,7 @@
 """Run on each of three ranks by test_spread.py: `python spread_ranks.py DIRECTORY RANK`. Exit code 0: all held.
 
 Seven experts on three ranks (3, 2, 2), float64, weights and inputs on a grid of 2^-4 with relu, so that expert outputs
-are exact and the forward pass can be compared bit for bit, whatever the split.
+are exact and the forward pass can be compared bit for bit, whatever the split. Workloads W0 to W7, as in conftest.py.
 """
 
 import os
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from conftest import workload
 from outrider.errors import LawBroken
 from outrider.experts import Policy, Settings, contiguous_homes, foresee
 from outrider.experts.layer import SpreadBlock, spread
@@ -24,13 +25,7 @@ from outrider.experts.move import Mover
 EXPERTS, RANKS, TOP_K, HIDDEN = 7, 3, 2, 16
 HOMES = contiguous_homes(EXPERTS, RANKS)
 TOKENS = [(9, 0, 14), (5, 6, 7), (0, 0, 4), (20, 1, 3)]  # of each rank, by micro-step: an idle rank, nearly all idle
-HEAT = {
-    "even": [[1] * 7] * 4,
-    "one hot expert": [[30, 1, 1, 1, 1, 1, 1]] * 4,
-    "hot rank": [[1, 1, 1, 1, 1, 9, 9]] * 4,
-    "experts without tokens": [[5, 0, 0, 0, 9, 0, 1]] * 4,
-    "rotating": [[9, 9, 9, 1, 1, 1, 1], [1, 1, 1, 9, 9, 1, 1], [1, 1, 1, 1, 1, 9, 9], [9, 9, 9, 1, 1, 1, 1]],
-}
+WORKLOADS = [f"W{number}" for number in range(8)]  # see conftest.py
 
 
 def grid(rng: np.random.Generator, *shape: int) -> torch.Tensor:
@@ -57,11 +52,13 @@ class Case:
     def __init__(self, name: str, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.name = name
-        self.x = [[grid(rng, n, HIDDEN) for n in counts] for counts in TOKENS]
-        self.up = [[grid(rng, n, HIDDEN) for n in counts] for counts in TOKENS]
+        heat_MRE = workload(name, EXPERTS, RANKS, micro_steps=len(TOKENS), layers=1, tokens=28)[:, 0]
+        self.tokens = heat_MRE.sum(axis=2) // TOP_K if name == "W4" else np.array(TOKENS)  # W4: its sources are ragged
+        self.x = [[grid(rng, n, HIDDEN) for n in counts] for counts in self.tokens.tolist()]
+        self.up = [[grid(rng, n, HIDDEN) for n in counts] for counts in self.tokens.tolist()]
         self.routes = []
-        for counts, heat in zip(TOKENS, HEAT[name], strict=True):
-            share = np.array(heat) + 1e-9
+        for counts, heat_RE in zip(self.tokens.tolist(), heat_MRE, strict=True):
+            share = heat_RE.sum(axis=0) + 1e-9
             share /= share.sum()
             draw = [rng.choice(EXPERTS, TOP_K, replace=False, p=share) for _ in range(sum(counts))]
             ids = torch.tensor(np.array(draw)).split(list(counts))
@@ -69,7 +66,7 @@ class Case:
         self.routes[1][0][2:4] = -1  # not recorded: the live gate routes them
 
     def counts(self) -> Any:
-        sizes = np.array(TOKENS)
+        sizes = self.tokens
         routes = np.concatenate([ids.numpy() for row in self.routes for ids in row])[:, None, :]
         batch = np.repeat(np.arange(len(TOKENS)), sizes.sum(axis=1))
         source = np.repeat(np.tile(np.arange(RANKS), len(TOKENS)), sizes.ravel())
@@ -123,7 +120,7 @@ def close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 def check_case(name: str, rank: int, group: Any, control: Any, lane: Any, seed: int) -> None:
     """Two optimizer steps: a copy that outlived the first would be stale in the second."""
     mine = torch.from_numpy(np.flatnonzero(rank == HOMES))
-    case, other = Case(name, seed), Case("rotating" if name == "even" else "even", seed + 1)
+    case, other = Case(name, seed), Case("W6" if name == "W0" else "W0", seed + 1)
     for slots, counts in ((0, case.counts()), (2, case.counts()), (2, other.counts())):
         reference, holder = make_block(seed), torch.nn.Sequential(make_block(seed))
         (block,) = spread(holder, HOMES, group)
@@ -156,12 +153,12 @@ def check_case(name: str, rank: int, group: Any, control: Any, lane: Any, seed: 
 
 
 def check_broken_laws(rank: int, group: Any, control: Any, lane: Any) -> None:
-    case = Case("hot rank", 5)
+    case = Case("W2", 5)
     holder = torch.nn.Sequential(make_block(5))
     (block,) = spread(holder, HOMES, group)
     mover = Mover(Policy(Settings(1, EXPERTS, RANKS, 2)), [block], control, lane)
     try:
-        mover.foresee(case.counts() if rank != 1 else Case("rotating", 5).counts())
+        mover.foresee(case.counts() if rank != 1 else Case("W6", 5).counts())
         raise AssertionError("ranks with different tables went on")
     except LawBroken as error:
         assert error.law == 7  # noqa: PT017
@@ -182,7 +179,7 @@ def main(directory: str, rank: int) -> None:
     store = f"file://{Path(directory) / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=limit)
     group, control, lane = dist.group.WORLD, dist.new_group(timeout=limit), dist.new_group(timeout=limit)
-    for seed, name in enumerate(HEAT):
+    for seed, name in enumerate(WORKLOADS):
         check_case(name, rank, group, control, lane, seed)
     check_broken_laws(rank, group, control, lane)
     dist.barrier()

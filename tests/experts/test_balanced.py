@@ -1,4 +1,4 @@
-"""`outrider.experts.balance`: four model families on two ranks against the stock models; the example runs."""
+"""`outrider.experts.balance`: four model families on two ranks against the stock models; the examples run."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from outrider.experts import Policy, Settings
 from outrider.experts.events import Event
 
 SCRIPT = Path(__file__).with_name("huggingface_ranks.py")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_balanced.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_balanced_models_train_as_the_stock_models_do(tmp_path: Path) -> None:
@@ -30,17 +30,34 @@ def test_balanced_models_train_as_the_stock_models_do(tmp_path: Path) -> None:
     assert lines[0] == lines[1]
 
 
-def test_the_example_trains_and_is_short() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 60
+def ran(example: str) -> str:
+    """What it printed, under torchrun."""
+    path = EXAMPLES / example
+    assert len(path.read_text().splitlines()) < 60
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    ran = subprocess.run(
-        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(EXAMPLE)],
+    done = subprocess.run(
+        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(path)],
         capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", ran.stdout)]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_example_trains_and_is_short() -> None:
+    said = ran("train_balanced.py")
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", said)]
     assert losses[-1] < losses[0] / 2
-    assert all(float(load) <= 1.02 for load in re.findall(r"rank ([0-9.]+)", ran.stdout))
-    moved = re.search(r"(\d+) copies", ran.stdout)
+    assert all(float(load) <= 1.02 for load in re.findall(r"rank ([0-9.]+)", said))
+    moved = re.search(r"(\d+) copies", said)
     assert moved is not None
     assert int(moved[1]) > 0
+
+
+def test_the_example_in_rls_shape_learns_on_even_ranks() -> None:
+    said = ran("train_foreseen.py")
+    rewards = [float(reward) for reward in re.findall(r"reward ([0-9.]+)", said)]
+    assert rewards[0] < 0.3
+    assert rewards[-1] > 0.8
+    loads = [[int(load) for load in pair] for pair in re.findall(r"by rank \[(\d+) (\d+)\]", said)]
+    assert len(loads) == len(rewards)
+    assert all(abs(a - b) <= 2 for a, b in loads), loads  # two layers, each as even as integers allow
