@@ -225,7 +225,7 @@ class Training:
             self.optimizer.zero_grad()
         foreseen: Any = counts
         if way.foreseen == "search":
-            foreseen = search(counts, 2)
+            foreseen = search(counts, way.options["slots"], homes=self.balanced.homes)
         elif way.foreseen == "plan":
             foreseen = random_plan(self.rng, counts, way.options["slots"])
         elif way.foreseen == "none":

@@ -4,6 +4,8 @@ What people do with a training loop beside the plain thing: freeze, accumulate, 
 Each must train as the stock model does, or be refused by a sentence that says what to do instead.
 """
 
+import copy
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -258,6 +260,8 @@ def check_order(rank: int) -> None:
     unfinished.__enter__()
     refused("Call run.finish_gradients()", lambda: unfinished.__exit__(None, None, None))
     refused("this model is balanced already", lambda: balance(model))
+    refused("Copy the plain model before balance()", lambda: copy.deepcopy(model))
+    refused("load balanced.state_dict() into a plain one", lambda: torch.save(model, io.BytesIO()))
 
 
 def check_ranks_that_differ(rank: int) -> None:

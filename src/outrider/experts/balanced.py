@@ -7,11 +7,13 @@
             with run.micro_step(m):
                 loss(model(batch)).backward()
         run.finish_gradients()                           # copies' gradients home, dense ones summed over ranks
+    balanced.clip_grad_norm_(1.0)                        # over all ranks; torch's own sees one rank's experts
     optimizer.step()
 
 Every rank does the same, also one whose batch is empty (see `real`). The model runs once in a micro-step, or say so.
 Several may be in flight: `run.forward(m)` and, later, `run.backward(m)` in any order that all ranks share (1F1B).
-Gradients are sums over ranks, so a loss is divided by the tokens of all ranks, not by this rank's.
+Gradients are sums over ranks, so a loss is divided by the tokens of all ranks, not by this rank's. Checkpoints are the
+plain model's: `balanced.state_dict()`, `balanced.optimizer_state_dict(optimizer)`, and `load_` before either.
 """
 
 import platform
@@ -91,6 +93,11 @@ class Balanced:
         yield run
         if not run.finished:
             raise CallerError("step: copies still hold gradients. Call run.finish_gradients() after the last backward.")
+
+    @property
+    def homes(self) -> Array:
+        """[layers, experts] the home rank of each expert now: what a search for the next plan begins from."""
+        return self.mover.policy.homes_LE
 
     def sum_dense_gradients(self) -> None:
         """Add up over ranks the gradients of all that is whole on every rank, in the order of parameters.

@@ -102,4 +102,6 @@ def equal(named: Sequence[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -
 
 def _bits(parameter: nn.Parameter) -> Tensor:
     flat = parameter.detach().contiguous().view(-1)
-    return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    size = flat.element_size()
+    whole_words = flat.nbytes % 8 == 0 and flat.storage_offset() * size % 8 == 0  # some thirty times as fast
+    return flat.view(torch.int64 if whole_words else INTEGERS[size]).sum(dtype=torch.int64)

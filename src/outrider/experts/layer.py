@@ -47,6 +47,13 @@ class SpreadBlock(nn.Module):
         self._known = False  # how the gate weighs experts
         self._upto_ER = torch.zeros((len(homes_E), group.size()), dtype=torch.int64)
 
+    def __getstate__(self) -> Any:
+        """copy.deepcopy and pickle ask for it. CallerError."""
+        raise CallerError(
+            "a balanced model is neither copied nor pickled: its blocks hold process groups. Copy the plain model"
+            " before balance(), or load balanced.state_dict() into a plain one."
+        )
+
     def use(self, quotas: Array) -> None:
         """Take the quotas of this layer, rows (expert, source, rank, tokens)."""
         quota_ER = np.zeros(tuple(self._upto_ER.shape), dtype=np.int64)
