@@ -199,7 +199,7 @@ def check_refusals(rank: int) -> None:
 
     for words, given in {
         "counts: float64": {"foreseen": TABLE.astype(float)},
-        "Give [micro-batches, *(3, 2, 6)]": {"foreseen": TABLE[0]},
+        "Give [micro-batches, layers, ranks, experts], here one or more by 3, 2, 6": {"foreseen": TABLE[0]},
         "counts: shape (0, 3, 2, 6)": {"foreseen": TABLE[:0]},
         "negative number of token-slots": {"foreseen": TABLE - 3},
         "passes: (0, 'update') is none": {"passes": [(0, "update")]},
@@ -260,6 +260,12 @@ def check_order(rank: int) -> None:
     unfinished.__enter__()
     refused("Call run.finish_gradients()", lambda: unfinished.__exit__(None, None, None))
     refused("this model is balanced already", lambda: balance(model))
+    refused("Linear: no MoE block with fused experts. Give a Hugging Face", lambda: balance(torch.nn.Linear(2, 2)))
+    for words, options in {
+        "slots -1": {"slots": -1}, "ring: 9 layers. Give 1 to 4": {"ring": 9}, "timeout_s 0": {"timeout_s": 0},
+        "recompute: usb is no path": {"recompute": "usb"}, "block_rows 0": {"block_rows": 0},
+    }.items():  # fmt: skip
+        refused(words, lambda options=options: balance(build(), **options))
     refused("Copy the plain model before balance()", lambda: copy.deepcopy(model))
     refused("load balanced.state_dict() into a plain one", lambda: torch.save(model, io.BytesIO()))
 

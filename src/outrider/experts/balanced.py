@@ -306,6 +306,8 @@ def balance(
         raise CallerError("balance: no process group. Call torch.distributed.init_process_group first.")
     if slots < 0 or block_rows < 1:
         raise CallerError(f"balance: slots {slots}, block_rows {block_rows}. Give 0 or more, and 1 or more.")
+    if timeout_s <= 0:
+        raise CallerError(f"balance: timeout_s {timeout_s}. Give the seconds after which a silent rank counts as lost.")
     if any(isinstance(module, SpreadBlock) for module in model.modules()):
         raise CallerError(
             "balance: this model is balanced already. Use what balance returned, or give the plain model."
@@ -350,8 +352,13 @@ def _experts_of(model: nn.Module) -> int:
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1] == "experts" and hasattr(module, "gate_up_proj")
     }
-    if len(counts) != 1:
+    if not counts:
         raise CallerError(
-            f"{type(model).__name__}: blocks of {sorted(counts)} fused experts. Give a model with one number."
+            f"{type(model).__name__}: no MoE block with fused experts. Give a Hugging Face model of one of the families"
+            " Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V3."
+        )
+    if len(counts) > 1:
+        raise CallerError(
+            f"{type(model).__name__}: blocks of {sorted(counts)} experts. Give a model with one number of them."
         )
     return int(counts.pop())

@@ -343,7 +343,11 @@ class Policy:
     def _checked(self, counts_MLRE: Array) -> Array:
         want = (self.settings.layers, self.settings.ranks, self.settings.experts)
         if counts_MLRE.ndim != 4 or counts_MLRE.shape[1:] != want or not len(counts_MLRE):
-            raise CallerError(f"counts: shape {counts_MLRE.shape}. Give [micro-batches, *{want}].")
+            layers, ranks, experts = want
+            raise CallerError(
+                f"counts: shape {counts_MLRE.shape}. Give [micro-batches, layers, ranks, experts], here one or more by"
+                f" {layers}, {ranks}, {experts}."
+            )
         return counts_MLRE
 
     def _counts(self, batch: int) -> Array:
