@@ -19,7 +19,7 @@ import torch.distributed as dist
 from bitwise_ranks import random_plan
 from precision_ranks import EXPERTS, LAYERS, LENGTH, TOP_K, VOCABULARY, Trace, Way, build, check_way, loss_of
 
-from outrider.errors import CallerError
+from outrider.errors import CallerError, WorldError
 from outrider.experts import balance
 
 IDS = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
@@ -362,6 +362,21 @@ def check_states(rank: int) -> None:
     refused("routes: Doubled weighs experts in a way unknown to replay", replays)
 
 
+def check_uneven(rank: int) -> None:
+    """A rank that evaluates more often than the others is told so, in words. The last check: the other rank is gone."""
+    model = build()
+    balance(model, timeout_s=2.0)
+    try:
+        for _ in range(1 + rank):
+            with torch.no_grad():
+                model(input_ids=IDS)
+    except WorldError as error:
+        assert rank == 1
+        assert "layer 0 exchanged tokens, which all ranks must do equally often" in str(error), error  # noqa: PT017
+    else:
+        assert rank == 0
+
+
 def main(directory: str, rank: int, ranks: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -369,7 +384,7 @@ def main(directory: str, rank: int, ranks: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for check in (
         check_frozen, check_accumulation, check_unused, check_evaluation, check_several, check_wrappers, check_tables,
-        check_refusals, check_order, check_ranks_that_differ, check_states,
+        check_refusals, check_order, check_ranks_that_differ, check_states, check_uneven,
     ):  # fmt: skip
         check(rank)
     sys.stdout.write("all held\n")

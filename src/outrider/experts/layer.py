@@ -22,6 +22,7 @@ from outrider.errors import CallerError
 from outrider.experts.bank import Bank, Blocks, inside_backward
 from outrider.experts.canonical import CHUNK, Combine, Dispatch, ExactRouter, Sums
 from outrider.experts.events import Array
+from outrider.experts.watched import watched
 
 
 class SpreadBlock(nn.Module):
@@ -70,6 +71,10 @@ class SpreadBlock(nn.Module):
         self.routes, self.real = routes, real
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        with watched(f"layer {self.experts.layer} exchanged tokens, which all ranks must do equally often"):
+            return self._spread(hidden_states)
+
+    def _spread(self, hidden_states: Tensor) -> Tensor:
         everything = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check(len(everything))
         real = torch.arange(len(everything)) if self.real is None else self.real.nonzero().view(-1)

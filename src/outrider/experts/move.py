@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from outrider.errors import CallerError, LawBroken, WorldError
+from outrider.errors import CallerError, LawBroken
 from outrider.experts.bank import BETWEEN, OUTSIDE
 from outrider.experts.copies import Copies
 from outrider.experts.events import (
@@ -59,25 +59,11 @@ from outrider.experts.policy import Policy
 from outrider.experts.schedule import StepPlan
 from outrider.experts.shared import Shared
 from outrider.experts.turns import Batch, Turns
+from outrider.experts.watched import watched
 from outrider.journal import Journal, array_digest
 
 WORDS = {RETURN: "gradients", DIRECT: "weights, rank to rank", HOST: "weights, host"}
 KIND = 16  # bytes for an event's name
-
-
-@contextmanager
-def watched(doing: str) -> Iterator[None]:
-    """What gloo says of a rank that died or kept silent for the group's time-out becomes a WorldError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "gloo" not in str(error):
-            raise
-        reason = str(error).split("] ", 1)[-1].split(". ")[0]
-        raise WorldError(
-            f"experts: lost another rank while {doing}: {reason}. No weight was changed in this step."
-            " Look at the rank that ended first, and start all again from the last checkpoint."
-        ) from error
 
 
 class Mover:
