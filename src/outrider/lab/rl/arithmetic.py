@@ -1,7 +1,7 @@
 """A task with a rule for a reward: sums, differences and products in a vocabulary of sixteen characters. Used by learn.
 
-    ^47-8=     a prompt: numbers of one or two digits, written as people do; a difference is never negative
-    39.        the one right answer; every other output earns nothing
+^47-8=     a prompt: numbers of one or two digits, written as people do; a difference is never negative
+39.        the one right answer; every other output earns nothing
 """
 
 import msgspec

@@ -67,13 +67,14 @@ class Rows:
         total = torch.zeros_like(everyone[0])
         for flat in everyone:
             total += flat
-        for parameter, part in zip(self.dense, total.split([p.numel() for p in self.dense]), strict=True):
+        parts = torch.split(total, [p.numel() for p in self.dense])
+        for parameter, part in zip(self.dense, parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
         self.gradients = {}
 
 
 class Rowwise(nn.Module):
-    """A dense part of the model, called row by row, each with its own copy of the parameters, which keep their names."""
+    """A dense part of the model, called row by row, each row with its own copy of the parameters; names stay."""
 
     def __init__(self, whole: nn.Module, rows: Rows) -> None:
         super().__init__()
@@ -81,14 +82,12 @@ class Rowwise(nn.Module):
         self._whole, self._rows = [whole], rows  # in a list: no child of this one
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = None if args else "hidden_states"
-        everything = kwargs.pop(name) if name else args[0]
+        everything, *rest = args or (kwargs.pop("hidden_states"),)  # Hugging Face's attention is called by name
         outputs = []
         for row, one in enumerate(everything.unbind(0)):
-            copies = {n: self._rows.copy(row, p) for n, p in self._whole[0].named_parameters()}
-            one = one[None].clone()  # alignment too changes a product's bits
-            given = ((one, *args[1:]), kwargs) if args else ((), {name: one, **kwargs})
-            outputs.append(functional_call(self._whole[0], copies, *given))
+            copies = {name: self._rows.copy(row, p) for name, p in self._whole[0].named_parameters()}
+            alone = one[None].clone()  # alignment too changes a product's bits
+            outputs.append(functional_call(self._whole[0], copies, (alone, *rest), kwargs))
         if isinstance(outputs[0], tuple):  # attention, with its weights
             return torch.cat([aligned(output[0]) for output in outputs]), None
         return torch.cat([aligned(output) for output in outputs])
@@ -97,7 +96,7 @@ class Rowwise(nn.Module):
 def aligned(output: Tensor) -> Tensor:
     """As it is; its gradient arrives in memory of its own."""
     if output.requires_grad:
-        output.register_hook(torch.clone)
+        output.register_hook(torch.clone)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -148,7 +147,7 @@ class ExactLearner:
                 with routed, self.rows.micro_batch(shares(whole, ranks)[rank]):
                     yield
 
-            accumulate(self.balanced.model, batches, replaying, lambda: torch.zeros(()))
+            accumulate(batches, replaying, lambda batch: batch.loss(self.balanced.model))
             run.finish_gradients()
         self.rows.settle(len(rollouts), self.group)
         self.optimizer.step()

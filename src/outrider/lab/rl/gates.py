@@ -42,7 +42,7 @@ class Gates:
         """A forward pass begins."""
         self._chosen, self._real = [], []
 
-    def chosen_TLK(self) -> Tensor:
+    def chosen(self) -> Tensor:
         """[tokens, layers, top_k] the experts that the last forward pass took."""
         return torch.stack(self._chosen, dim=1)
 

@@ -55,7 +55,7 @@ def _continue(
     for _ in range(most):
         gates.forget()
         result = model(input_ids=fed, past_key_values=past, use_cache=True)
-        routes.append(gates.chosen_TLK().unflatten(0, fed.shape))
+        routes.append(gates.chosen().view(*fed.shape, gates.layers, gates.top_k))
         past = result.past_key_values
         fed = torch.multinomial(result.logits[:, -1].softmax(-1), 1, generator=generator)
         drawn.append(fed)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from outrider.experts.foresee import source_edges
 from outrider.lab.rl import trace
 from outrider.lab.rl.arithmetic import END, OUTPUT_TOKENS, PROMPT_TOKENS, VOCABULARY, Problem, draw, reward
 from outrider.lab.rl.gates import Gates
@@ -39,11 +41,11 @@ class Recipe(msgspec.Struct, frozen=True):
     """All that a run depends on. micro_batch: sequences; balance_weight: of the routers' auxiliary loss, 0 is none."""
 
     seed: int = 0
-    steps: int = 400
+    steps: int = 500
     prompts: int = 32
     samples: int = 8
     micro_batch: int = 32
-    warm_up: int = 30
+    warm_up: int = 25
     warm_up_rate: float = 2e-3
     rate: float = 4e-4
     balance_weight: float = 0.0
@@ -117,16 +119,16 @@ def batches_of(rollouts: Sequence[Rollout], recipe: Recipe, rank: int = 0, ranks
 
 
 def shares(sequences: range, ranks: int) -> list[range]:
-    """Contiguous runs, one a rank, as equal as can be."""
-    edges = [sequences.start + (len(sequences) * rank + ranks - 1) // ranks for rank in range(ranks + 1)]
-    return [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
+    """Contiguous runs, one a rank, as equal as can be; the first ranks have one more."""
+    edges = source_edges(len(sequences), ranks).tolist()
+    return [sequences[begin:end] for begin, end in pairwise(edges)]
 
 
-def accumulate(model: Any, batches: Sequence[MicroBatch], replaying: Replaying, more: Callable[[], Tensor]) -> None:
-    """Forward and backward of all micro-steps. replaying: makes the routers take what was recorded; more: extra loss."""
+def accumulate(batches: Sequence[MicroBatch], replaying: Replaying, loss: Callable[[MicroBatch], Tensor]) -> None:
+    """Forward and backward of all micro-steps; inside `replaying` the routers take what was recorded."""
     for m, batch in enumerate(batches):
         with replaying(m, batch):
-            (batch.loss(model) + more()).backward()
+            loss(batch).backward()  # type: ignore[no-untyped-call]
 
 
 def learn(recipe: Recipe) -> Iterator[tuple[list[Rollout], float]]:
@@ -134,19 +136,20 @@ def learn(recipe: Recipe) -> Iterator[tuple[list[Rollout], float]]:
     rng, model = np.random.default_rng(recipe.seed), model_of(recipe)
     warm_up(model, recipe, rng)
     engine, optimizer = Engine(model, recipe, rng), optimizer_of(model, recipe.rate)
-    gates, weight = engine.gates, recipe.balance_weight
+    gates, share = engine.gates, recipe.balance_weight * recipe.micro_batch / (recipe.prompts * recipe.samples)
+
+    def replaying(_: int, batch: MicroBatch) -> AbstractContextManager[Any]:
+        return gates.replaying(batch.routes)
+
+    def loss(batch: MicroBatch) -> Tensor:
+        policy = batch.loss(model)
+        return policy + share * gates.balance_loss() if share else policy
+
     for _ in range(recipe.steps):
         rollouts = engine.roll_out()
-        batches = batches_of(rollouts, recipe)
-        scale = weight / len(batches)
         optimizer.zero_grad()
         gates.replayed = gates.changed = 0
-        accumulate(
-            model,
-            batches,
-            lambda _, batch: gates.replaying(batch.routes),
-            lambda scale=scale: gates.balance_loss() * scale if scale else torch.zeros(()),
-        )
+        accumulate(batches_of(rollouts, recipe), replaying, loss)
         optimizer.step()
         yield rollouts, gates.changed / gates.replayed
 

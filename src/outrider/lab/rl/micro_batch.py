@@ -44,4 +44,3 @@ class MicroBatch:
         logits = model(input_ids=self.inputs, use_cache=False).logits
         log_p = torch.stack([row.float().log_softmax(-1) for row in logits.unbind(0)])
         return -(log_p.gather(-1, self.targets[:, :, None])[:, :, 0] * self.weight).sum()
-
