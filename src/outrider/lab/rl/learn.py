@@ -41,7 +41,7 @@ class Recipe(msgspec.Struct, frozen=True):
     """All that a run depends on. micro_batch: sequences; balance_weight: of the routers' auxiliary loss, 0 is none."""
 
     seed: int = 0
-    steps: int = 500
+    steps: int = 400
     prompts: int = 32
     samples: int = 8
     micro_batch: int = 32
