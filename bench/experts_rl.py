@@ -1,6 +1,6 @@
 """Our own RL traces: does the model learn, is its load stable, and how evenly is it planned? A tiny MoE on a CPU.
 
-    python bench/experts_rl.py --traces DIR            # about 12 minutes on one free core; routes of all steps go to DIR
+    python bench/experts_rl.py --traces DIR            # 10 minutes on one free core; all routes go to DIR
     python bench/experts_rl.py --traces DIR --part stability
 
 learning   three seeds of `python -m outrider.lab.rl.learn` as it stands, and one with the routers' auxiliary loss:
@@ -23,6 +23,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,25 @@ def learning(path: Path, cpu_s: float, before: dict[str, Any]) -> dict[str, Any]
 
 
 class Step:
-    """Routes of one RL step, and whose each token is."""
+    """Routes of one RL step [tokens, layers, top_k], and whose each token is."""
 
-    def __init__(self, routing: Routing, index: int) -> None:
+    def __init__(self, routes: Any, sequence: Any, experts: int) -> None:
+        self.routes, self.sequence, self.experts = routes, sequence, experts
+
+    @classmethod
+    def of(cls, routing: Routing, index: int) -> "Step":
         table = routing.domain(list(routing.domains)[index])
-        self.routes_TLK, self.experts = table.routes_TLK, table.experts
-        self.sequence_T = np.repeat(np.arange(table.sequences), np.diff(table.offsets_S1))
+        return cls(table.routes_TLK, np.repeat(np.arange(table.sequences), np.diff(table.offsets_S1)), table.experts)
 
-    def loads(self, owner_T: Any) -> Any:
+    def whole(self) -> Any:
+        """[layers, experts] of all tokens."""
+        return self.loads(np.zeros(len(self.routes), dtype=np.int64))[0]
+
+    def loads(self, owner: Any) -> Any:
         """[owners, layers, experts] token-slots."""
-        owners = int(owner_T.max()) + 1
-        layers = range(self.routes_TLK.shape[1])
-        cells = [(owner_T[:, None] * self.experts + self.routes_TLK[:, layer]).ravel() for layer in layers]
+        owners = int(owner.max()) + 1
+        layers = range(self.routes.shape[1])
+        cells = [(owner[:, None] * self.experts + self.routes[:, layer]).ravel() for layer in layers]
         counted = [np.bincount(some, minlength=owners * self.experts).reshape(owners, -1) for some in cells]
         return np.stack(counted, axis=1)
 
@@ -103,28 +111,26 @@ def between(loads: Any, every: int = 1) -> float:
 def of_micro_steps(step: Step, rng: np.random.Generator) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for size in SIZES:
-        owner_T = step.sequence_T // size
+        owner = step.sequence // size
         order = rng.permutation(SEQUENCES)
         result[f"{size} sequences"] = {
-            "prompts": between(step.loads(owner_T)),
-            "prompts_apart": between(step.loads(owner_T), max(1, SAMPLES // size)),
-            "shuffled": between(step.loads(order[step.sequence_T] // size)),
-            "floor": between(step.loads(rng.permutation(owner_T))),
+            "prompts": between(step.loads(owner)),
+            "prompts_apart": between(step.loads(owner), max(1, SAMPLES // size)),
+            "shuffled": between(step.loads(order[step.sequence] // size)),
+            "floor": between(step.loads(rng.permutation(owner))),
         }
     return result
 
 
 def of_steps(one: Step, two: Step, rng: np.random.Generator) -> dict[str, float]:
-    both = np.concatenate([one.routes_TLK, two.routes_TLK])
-    owner_T = np.repeat([0, 1], [len(one.routes_TLK), len(two.routes_TLK)])
-    prompt_T = np.concatenate([one.sequence_T, SEQUENCES + two.sequence_T]) // SAMPLES
+    sequence = np.concatenate([one.sequence, SEQUENCES + two.sequence])
+    both = Step(np.concatenate([one.routes, two.routes]), sequence, one.experts)
+    owner = sequence // SEQUENCES
     dealt = rng.permutation(2 * SEQUENCES // SAMPLES) % 2
-    joined = Step.__new__(Step)
-    joined.routes_TLK, joined.experts = both, one.experts
     return {
-        "neighbours": between(joined.loads(owner_T)),
-        "floor": between(joined.loads(rng.permutation(owner_T))),
-        "floor_prompts": between(joined.loads(dealt[prompt_T])),
+        "neighbours": between(both.loads(owner)),
+        "floor": between(both.loads(rng.permutation(owner))),
+        "floor_prompts": between(both.loads(dealt[sequence // SAMPLES])),
     }
 
 
@@ -138,18 +144,17 @@ def stability(path: Path) -> dict[str, Any]:
     routing, rng = read(path), np.random.default_rng(0)
     result: dict[str, Any] = {}
     for stage, begin in STAGES.items():
-        steps = [Step(routing, begin + i) for i in range(21)]
-        whole = [step.loads(np.zeros(len(step.routes_TLK), dtype=np.int64))[0] for step in steps]
+        steps = [Step.of(routing, begin + i) for i in range(21)]
+        hottest = [float((w.max(-1) / w.mean(-1)).mean()) for w in (step.whole() for step in steps)]
         result[stage] = {
-            "step": averaged([of_steps(*pair, rng) for pair in zip(steps, steps[1:], strict=False)]),
+            "step": averaged([of_steps(one, two, rng) for one, two in pairwise(steps)]),
             "micro_step": averaged([of_micro_steps(step, rng) for step in steps[:20]]),
-            "hottest_expert_over_mean": averaged([float((w.max(-1) / w.mean(-1)).mean()) for w in whole]),
+            "hottest_expert_over_mean": averaged(hottest),
         }
-    every = [Step(routing, i) for i in range(0, STEPS, 10)]
-    whole = [step.loads(np.zeros(len(step.routes_TLK), dtype=np.int64))[0] for step in every]
-    pairs = {lag: list(zip(whole, whole[lag // 10 :], strict=False)) for lag in (10, 50, 100, 200)}
+    every = [Step.of(routing, i).whole() for i in range(0, STEPS, 10)]
     result["steps_apart"] = {
-        str(lag): averaged([float(variation(*p).mean()) for p in some]) for lag, some in pairs.items()
+        str(lag): averaged([float(variation(*pair).mean()) for pair in zip(every, every[lag // 10 :], strict=False)])
+        for lag in (10, 50, 100, 200)
     }
     return result
 
