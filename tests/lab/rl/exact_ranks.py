@@ -18,7 +18,7 @@ from outrider.lab.rl.learn import Recipe, model_of
 
 STEPS = 3
 RECIPE = Recipe(seed=3, prompts=5, samples=4, micro_batch=7, warm_up=25, layers=2)  # 20 sequences: the last one of 6
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=120)
 
 
 def run(group: Any, slots: int) -> tuple[ExactLearner, list[Any], dict[str, torch.Tensor]]:
