@@ -78,7 +78,7 @@ class Balanced:
         if self.under_way is not None:
             raise CallerError(
                 "step: the one before has not ended, and its copies would be stale. Call run.finish_gradients() in it;"
-                " after an error in its middle start again from a checkpoint."
+                " after an error in its middle build the model anew and load a checkpoint."
             )
         if optimizer is not None:
             check_optimizer(optimizer, self.model, self.blocks)
