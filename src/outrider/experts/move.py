@@ -360,8 +360,11 @@ class Mover:
             hops.append((home, home if nodes_R[home] == node else int(there[own % len(there)]), layer, expert))
 
         def put() -> None:
-            for layer, expert, _, flat in self.exchange.experts(hops, self._weights_of, self.dtype):
-                self.shared.put(layer, expert, flat)
+            for _, _, layer, expert in (hop for hop in hops if hop[0] == hop[1] == self.rank):
+                self.shared.put(layer, expert, self._weights_of(layer, expert))  # one by one: no room for all at once
+            if far := [hop for hop in hops if hop[0] != hop[1]]:
+                for layer, expert, _, flat in self.exchange.experts(far, self._weights_of, self.dtype):
+                    self.shared.put(layer, expert, flat)
 
         self.lane.put("weights into shared memory", put)
         self._drain()
