@@ -5,12 +5,13 @@ random Qwen3-MoE-shaped model with the same tokens and routes, in a step of a re
 micro-batches, then an update pass (forward and backward) of all, then gradients home. Weights never change, so every
 round is the same work. Arms take turns, from a barrier each; the first round is not counted.
 
-    arm          what it is                                                            routes
-    static       nothing is balanced                                                   the case's
-    outrider     foreseen: host memory for recompute, rank to rank for update          the case's
-    at once      the same transfers, each waited for where it starts: no overlap       the case's
-    reactive     nothing foreseen: each layer planned and fetched from its live gate   the case's
-    even gate    nothing is balanced and nothing need be: the limit                    even
+    arm            what it is
+    static         nothing is balanced
+    outrider       foreseen: host memory for recompute, rank to rank for update; room for all layers' copies
+    ring           the same with room for the copies of `case.ring` layers: more is carried, in time
+    ring, at once  the same transfers, each waited for where it starts: no overlap
+    reactive       nothing foreseen: each layer is planned and fetched when its live gate has decided
+    even gate      nothing is balanced and nothing need be: other routes, the limit
 """
 
 import os
@@ -19,12 +20,12 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from time import monotonic, perf_counter, process_time, sleep
+from time import monotonic, perf_counter, sleep
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,15 +38,34 @@ from outrider.experts.lane import Job, Lane, Span
 from outrider.lab.experts_live.routes import Case, counted, even, routed
 from outrider.lab.experts_live.timeline import ABOVE, Figures, figures
 
-ARMS = ("static", "outrider", "at once", "reactive", "even gate")
-UNBALANCED = ("static", "even gate")
+
+class Way(msgspec.Struct, frozen=True):
+    """What an arm does."""
+
+    balanced: bool = True
+    foreseen: bool = True
+    ring: bool = False
+    at_once: bool = False
+    even: bool = False
+
+
+ARMS = MappingProxyType(
+    {
+        "static": Way(balanced=False),
+        "outrider": Way(),
+        "ring": Way(ring=True),
+        "ring, at once": Way(ring=True, at_once=True),
+        "reactive": Way(foreseen=False),
+        "even gate": Way(balanced=False, even=True),
+    }
+)
 VOCABULARY, HEADS, WATCHDOG_S = 256, 2, 120.0
 
 
 class Step(msgspec.Struct, frozen=True):
     """One step of one arm, as this rank saw it.
 
-    own_s         CPU seconds of this rank; busy_s: of the whole machine
+    kept_s        that it was ready and stood in line for a core
     first_ticket  of the lane's jobs in this step
     tickets       that compute waited for on the lane, and when it began and ended to
     """
@@ -53,8 +73,7 @@ class Step(msgspec.Struct, frozen=True):
     arm: str
     turn: int
     seconds: float
-    own_s: float
-    busy_s: float
+    kept_s: float
     figures: Figures
     copies: int
     sent_bytes: int
@@ -117,16 +136,16 @@ class Arm:
     """A model of its own, and what it runs in each step."""
 
     def __init__(self, name: str, case: Case, rank: int, ranks: int) -> None:
-        self.name, self.case = name, case
+        self.name, self.case, way = name, case, ARMS[name]
         self.model = built(case)
-        slots, ring = (0, 0) if name in UNBALANCED else (case.slots, 0 if name == "reactive" else case.ring)
+        slots, ring = case.slots * way.balanced, case.ring * way.ring
         self.balanced: Balanced = balance(self.model, slots=slots, ring=ring, timeout_s=WATCHDOG_S, timeline=True)
         mover = self.balanced.mover
-        mover.lane = PacedLane(mover.lane, name == "at once", case.job_s)
+        mover.lane = PacedLane(mover.lane, way.at_once, case.job_s)
         for block in self.balanced.blocks if case.row_s else ():
             Emulated(block.experts, case.row_s)
-        routes = even(case, ranks) if name == "even gate" else routed(case, ranks)
-        self.counts = None if name == "reactive" else counted(routes, case.experts)
+        routes = even(case, ranks) if way.even else routed(case, ranks)
+        self.counts = counted(routes, case.experts) if way.foreseen else None
         self.routes = torch.from_numpy(routes[:, rank])
         generator = torch.Generator().manual_seed(case.seed + 1 + rank)
         shape = (case.batches, case.tokens // case.length, case.length)
@@ -147,13 +166,13 @@ class Arm:
         self.tickets.clear()
         copies, sent_bytes = mover.copies_moved, mover.sent_bytes
         dist.barrier()
-        begin_s, own_s, busy_s = perf_counter(), process_time(), busy()
+        begin_s, before_s = perf_counter(), kept_s()
         with self.balanced.step(self.counts) as run:
             with torch.no_grad():
                 self._passes(run, "recompute", lambda _: None)
             self._passes(run, "update", Tensor.backward)
             run.finish_gradients()
-        took = perf_counter() - begin_s, process_time() - own_s, busy() - busy_s
+        took = perf_counter() - begin_s, kept_s() - before_s
         moved, first = (mover.copies_moved - copies, mover.sent_bytes - sent_bytes), self._jobs + 1
         self._jobs += sum(span.what not in ABOVE for span in mover.spans)
         spans, tickets = list(mover.spans), list(self.tickets)
@@ -189,16 +208,14 @@ def built(case: Case) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).train()
 
 
-def busy() -> float:
-    """CPU seconds that the machine has worked."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait)
+def kept_s() -> float:
+    """Seconds that this thread was ready and stood in line for a core (Linux)."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
-def others(steps: Sequence[Step]) -> float:
-    """The share of all cores that other processes took: of one step, as all ranks saw it."""
-    one = steps[0]
-    return max(0.0, one.busy_s - sum(step.own_s for step in steps)) / (one.seconds * (os.cpu_count() or 1))
+def others(step: Sequence[Step]) -> float:
+    """The largest share of its time that a rank stood in line for a core: behind others, and its own lane."""
+    return max(one.kept_s / one.seconds for one in step)
 
 
 def live(case: Case, rank: int, ranks: int) -> Seen:

@@ -26,12 +26,12 @@ class Case(msgspec.Struct, frozen=True):
     tokens   of a rank in a micro-batch, in sequences of `length`
     hot      share of the routes' weight that the hot rank gets
     routes   hot, or the path of recorded ones, of which domain is read
-    ring     layers whose copies are held at once, where foreseen; 0: all
+    ring     layers whose copies are held at once in the arms with a ring
     row_s    EMULATED seconds of an expert for a row in a forward pass, twice that in a backward pass; 0: only what the
              real matrices take
     job_s    EMULATED seconds that each of the lane's jobs takes besides what it takes
-    rounds   steps that each arm needs in which other processes took at most the share `quiet` of all cores; when
-             budget_s is over, what there is must do
+    rounds   steps that each arm needs in which no rank stood in line for a core for more than the share `quiet` of
+             its time; when budget_s is over, what there is must do
     seed     of weights, tokens and synthetic routes
     """
 
@@ -47,7 +47,7 @@ class Case(msgspec.Struct, frozen=True):
     hot: float = 0.8
     routes: str = "hot"
     domain: str = "intent"
-    ring: int = 0
+    ring: int = 2
     row_s: float = 0.0
     job_s: float = 0.0
     rounds: int = 5
