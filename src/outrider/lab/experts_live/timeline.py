@@ -73,7 +73,7 @@ def figures(spans: Sequence[Span]) -> Figures:
     """Of one rank's spans. Those of compute never overlap each other, nor do those of the lane."""
     computed, waited = _pieces(spans, COMPUTE), _pieces(spans, (WAIT,))
     carried = _pieces([span for span in spans if span.what not in ABOVE], None)
-    return Figures(_length(computed), _length(carried), _length(waited), common_s(computed, carried))
+    return Figures(_length(computed), _length(carried), _length(waited), overlap_s(computed, carried))
 
 
 def _pieces(spans: Sequence[Span], kinds: Iterable[str] | None) -> list[tuple[float, float]]:
@@ -84,7 +84,7 @@ def _length(pieces: Sequence[tuple[float, float]]) -> float:
     return float(sum(end_s - begin_s for begin_s, end_s in pieces))
 
 
-def common_s(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float:
+def overlap_s(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float:
     """Seconds that lie in a piece of both; each is sorted, and its pieces do not overlap."""
     total_s, i, j = 0.0, 0, 0
     while i < len(one) and j < len(other):
