@@ -136,10 +136,24 @@ def test_the_command_writes_the_steps_that_were_asked_for(tmp_path, monkeypatch,
     assert msgspec.json.decode(read(path).notes[0], type=Recipe) == RECIPE
 
 
-@given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 5))
-def test_shares_are_contiguous_and_equal(start, sequences, ranks):
-    runs = learn.shares(range(start, start + sequences), ranks)
-    assert [i for run in runs for i in run] == list(range(start, start + sequences))
-    sizes = [len(run) for run in runs]
-    assert sizes == sorted(sizes, reverse=True)
-    assert max(sizes) - min(sizes) <= 1
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5))
+def test_sequences_are_packed_in_order_and_in_equal_runs(sequences, micro_batch, ranks):
+    packed = learn.packed(sequences, Recipe(micro_batch=micro_batch), ranks)
+    assert [i for by_rank in packed for run in by_rank for i in run] == list(range(sequences))
+    for m, by_rank in enumerate(packed):
+        sizes = [len(run) for run in by_rank]
+        assert len(sizes) == ranks
+        assert sum(sizes) == (micro_batch if m < len(packed) - 1 else sequences - m * micro_batch)
+        assert sizes == sorted(sizes, reverse=True)
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--keep", "2"], "0 to 1"), (["--out", "/nowhere/x.npz"], "No such file"), (["--keep", "x"], "keep")],
+)
+def test_what_cannot_work_is_said_before_the_run(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["learn", "--steps", "2", *options])
+    with pytest.raises(SystemExit):
+        learn.main()
+    assert message in capsys.readouterr().err

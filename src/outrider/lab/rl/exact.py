@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from outrider.experts import balance, foresee
-from outrider.lab.rl.learn import Engine, Recipe, accumulate, batches_of, model_of, optimizer_of, shares, warm_up
+from outrider.lab.rl.learn import Engine, Recipe, accumulate, batches_of, model_of, optimizer_of, packed, warm_up
 from outrider.lab.rl.micro_batch import MicroBatch
 from outrider.lab.rl.rollouts import Rollout
 
@@ -104,18 +104,13 @@ def is_block(module: nn.Module) -> bool:
     return hasattr(module, "gate") and hasattr(module, "experts")
 
 
-def foreseen(rollouts: Sequence[Rollout], recipe: Recipe, ranks: int) -> Any:
-    """counts_MLRE of the step, from the routes that the engine recorded."""
-    source = [
-        (begin // recipe.micro_batch, rank, i)
-        for begin in range(0, len(rollouts), recipe.micro_batch)
-        for rank, run in enumerate(shares(range(begin, min(begin + recipe.micro_batch, len(rollouts))), ranks))
-        for i in run
-    ]
-    lengths = [len(rollouts[i].tokens) - 1 for _, _, i in source]
-    batch, rank = (np.repeat([one[k] for one in source], lengths) for k in (0, 1))
-    routes = np.concatenate([rollouts[i].routes[:-1] for _, _, i in source])
-    return foresee(routes, batch, rank, recipe.experts, ranks)
+def foreseen(rollouts: Sequence[Rollout], runs: Sequence[Sequence[range]], experts: int) -> Any:
+    """counts_MLRE of the step, from the routes that the engine recorded. runs: sequences by micro-batch and rank."""
+    lengths = np.array([len(r.tokens) - 1 for r in rollouts])
+    whose = [(m, rank) for m, by_rank in enumerate(runs) for rank, run in enumerate(by_rank) for _ in run]
+    batch, source = np.repeat(np.array(whose), lengths, axis=0).T
+    routes = np.concatenate([r.routes[:-1] for r in rollouts])
+    return foresee(routes, batch, source, experts, len(runs[0]), len(runs))
 
 
 class ExactLearner:
@@ -135,18 +130,17 @@ class ExactLearner:
         """One RL step; afterwards weights are trained and the engine has them."""
         rank, ranks, recipe = self.group.rank(), self.group.size(), self.recipe
         rollouts = self.engine.roll_out()
-        batches = batches_of(rollouts, recipe, rank, ranks)
+        runs = packed(len(rollouts), recipe, ranks)
         self.optimizer.zero_grad()
-        with self.balanced.step(foreseen(rollouts, recipe, ranks)) as run:
+        with self.balanced.step(foreseen(rollouts, runs, recipe.experts)) as run:
 
             @contextmanager
             def replaying(m: int, batch: MicroBatch) -> Iterator[None]:
-                begin = m * recipe.micro_batch
-                whole = range(begin, min(begin + recipe.micro_batch, len(rollouts)))
                 routed = run.micro_step(m, "update", batch.routes, batch.real.flatten())
-                with routed, self.rows.micro_batch(shares(whole, ranks)[rank]):
+                with routed, self.rows.micro_batch(runs[m][rank]):
                     yield
 
+            batches = batches_of(rollouts, recipe, rank, ranks)
             accumulate(batches, replaying, lambda batch: batch.loss(self.balanced.model))
             run.finish_gradients()
         self.rows.settle(len(rollouts), self.group)

@@ -38,7 +38,15 @@ Replaying = Callable[[int, MicroBatch], AbstractContextManager[Any]]
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """All that a run depends on. micro_batch: sequences; balance_weight: of the routers' auxiliary loss, 0 is none."""
+    """All that a run depends on.
+
+    steps           RL steps, each of `prompts` drawn anew with `samples` rollouts each, and one step of AdamW
+    micro_batch     sequences of a micro-step
+    warm_up         supervised batches of 128 problems before, at warm_up_rate; rate: of the RL steps
+    balance_weight  of the routers' auxiliary loss, which pulls experts to equal load; 0: none
+    layers, experts, top_k, hidden
+                    shape of the model; an expert is as wide inside as the model
+    """
 
     seed: int = 0
     steps: int = 400
@@ -107,21 +115,21 @@ class Engine:
         return generate(self.model, self.gates, asked, groups, OUTPUT_TOKENS, END, reward, self.generator)
 
 
+def packed(sequences: int, recipe: Recipe, ranks: int) -> list[list[range]]:
+    """Sequences of each micro-batch and rank: contiguous runs as equal as can be, the first ranks have one more."""
+    edges = range(0, sequences, recipe.micro_batch)
+    whole = [range(begin, min(begin + recipe.micro_batch, sequences)) for begin in edges]
+    return [[run[a:b] for a, b in pairwise(source_edges(len(run), ranks).tolist())] for run in whole]
+
+
 def batches_of(rollouts: Sequence[Rollout], recipe: Recipe, rank: int = 0, ranks: int = 1) -> list[MicroBatch]:
-    """The micro-batches of a step, of each of them this rank's run of sequences; the first ranks have one more."""
+    """The micro-batches of a step, of each of them this rank's sequences."""
     advantage, tokens = advantages(rollouts).tolist(), sum(len(r.output) for r in rollouts)
     batches = []
-    for begin in range(0, len(rollouts), recipe.micro_batch):
-        mine = shares(range(begin, min(begin + recipe.micro_batch, len(rollouts))), ranks)[rank]
-        some, gains = [rollouts[i] for i in mine], [advantage[i] for i in mine]
+    for by_rank in packed(len(rollouts), recipe, ranks):
+        some, gains = [rollouts[i] for i in by_rank[rank]], [advantage[i] for i in by_rank[rank]]
         batches.append(MicroBatch(some, gains, WIDTH, recipe.layers, recipe.top_k, tokens))
     return batches
-
-
-def shares(sequences: range, ranks: int) -> list[range]:
-    """Contiguous runs, one a rank, as equal as can be; the first ranks have one more."""
-    edges = source_edges(len(sequences), ranks).tolist()
-    return [sequences[begin:end] for begin, end in pairwise(edges)]
 
 
 def accumulate(batches: Sequence[MicroBatch], replaying: Replaying, loss: Callable[[MicroBatch], Tensor]) -> None:
@@ -155,16 +163,21 @@ def learn(recipe: Recipe) -> Iterator[tuple[list[Rollout], float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Teach a tiny MoE arithmetic by policy gradient; keep its routes.")
+    raw = argparse.RawDescriptionHelpFormatter
+    words = "Teach a tiny MoE arithmetic by policy gradient and keep its routes. One core, about two minutes."
+    parser = argparse.ArgumentParser(description=words, epilog=Recipe.__doc__, formatter_class=raw)
     for field in msgspec.structs.fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
-    parser.add_argument("--out", type=Path, help="write the routes of all steps to this npz")
-    parser.add_argument("--keep", help="only these steps of them, as 0,1,399")
+    parser.add_argument("--out", type=writable, help="write the routes of all steps to this npz")
+    parser.add_argument("--keep", type=steps_of, help="only these steps of them, as 0,1,399")
     options = vars(parser.parse_args())
-    out, keep = options.pop("out"), options.pop("keep")
+    out, kept = options.pop("out"), options.pop("keep")
     recipe = Recipe(**options)
+    if kept is not None and not 0 <= min(kept) <= max(kept) < recipe.steps:
+        parser.error(
+            f"--keep {min(kept)} to {max(kept)}: the run has steps 0 to {recipe.steps - 1}. Name some of them."
+        )
     torch.set_num_threads(1)
-    kept = None if keep is None else {int(step) for step in keep.split(",")}
     steps, means = {}, []
     for step, (rollouts, changed) in enumerate(learn(recipe)):
         means.append(float(np.mean([r.reward for r in rollouts])))
@@ -176,6 +189,19 @@ def main() -> None:
             sys.stdout.flush()
     if out:
         trace.write(out, steps, recipe.experts, msgspec.json.encode(recipe).decode())
+
+
+def steps_of(words: str) -> list[int]:
+    return [int(word) for word in words.split(",")]
+
+
+def writable(name: str) -> Path:
+    """What would fail after the run fails before it."""
+    try:
+        Path(name).open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error.strerror}. Name a file that can be written.") from error
+    return Path(name)
 
 
 if __name__ == "__main__":
