@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from outrider.experts.adapters import read
 from outrider.lab.rl import learn, trace
@@ -111,6 +112,17 @@ def test_the_update_replays_what_was_recorded_and_its_gradient_is_right(engine, 
         assert (p.grad - mine[name]).abs().max() <= 1e-4 * p.grad.abs().max(), name
 
 
+def test_the_auxiliary_loss_is_the_fields(engine, rollouts):
+    """Hugging Face's, which sums over top_k where ours takes the mean, layer by layer; padding counts in neither."""
+    gates, (batch, *_) = engine.gates, learn.batches_of(rollouts, RECIPE)
+    with torch.no_grad(), gates.replaying(batch.routes):
+        logits = engine.model(batch.inputs, use_cache=False, output_router_logits=True).router_logits
+    real = [layer[batch.real.flatten()] for layer in logits]
+    theirs = [load_balancing_loss_func((layer,), RECIPE.experts, RECIPE.top_k) for layer in real]
+    assert torch.allclose(gates.balance_loss(), torch.stack(theirs).mean() / RECIPE.top_k)
+    assert not torch.allclose(gates.balance_loss(), torch.ones(()), atol=1e-3)
+
+
 def test_the_trace_is_what_the_model_chose(rollouts, tmp_path):
     path = tmp_path / "trace.npz"
     steps = {0: rollouts, 7: rollouts[8:]}
@@ -132,6 +144,7 @@ def test_the_command_writes_the_steps_that_were_asked_for(tmp_path, monkeypatch,
     options = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["learn", *options, "--out", str(path), "--keep", "1"])
     learn.main()
+    assert list(trace.read(path)) == [1]
     assert told([(trace.read(path)[1], 0)]) == told(learn.learn(RECIPE))[1:]
     assert msgspec.json.decode(read(path).notes[0], type=Recipe) == RECIPE
 

@@ -1,1 +1,2 @@
-"""One policy-gradient step of a MoE model on a few ranks, balanced and not: where experts meets a real model."""
+"""Where experts meets a real model: one policy-gradient step on a few ranks (`rank`, `step`), balanced and not; and a tiny
+model that learns arithmetic (`learn`), whose routes are kept (`trace`), also on several ranks to the bit (`exact`)."""
