@@ -1,5 +1,6 @@
 """What ranks send each other: whole experts or their gradients, and in bitwise mode the parts of sums. Not pure."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from outrider.experts.canonical import Key
 from outrider.experts.layer import SpreadBlock
 
+ROUND_BYTES = (
+    24 << 20
+)  # that a rank sends: beyond 32 MiB malloc takes fresh pages each time, which cost more than copies
 Hop = tuple[int, int, int, int]  # src, dst, layer, expert
 Part = tuple[int, int, int, Key, Tensor]  # destination, layer, owner, place in the sum, value
 
@@ -24,10 +28,21 @@ class Exchange:
     def experts(
         self, hops: Sequence[Hop], pack: Callable[[int, int], Tensor], dtype: torch.dtype
     ) -> list[tuple[int, int, int, Tensor]]:
-        """Whole experts; what arrived as (layer, expert, src, flat), by src in the order of hops.
+        """Whole experts, in rounds of bounded size; what arrived as (layer, expert, src, flat).
 
+        hops  of all ranks; each round takes some of every source, in their order
         pack  an expert of this rank, flat
         """
+        each = max(1, ROUND_BYTES // (self.numel * dtype.itemsize))
+        sent, rounds = Counter[int](), defaultdict[int, list[Hop]](list)
+        for hop in hops:
+            rounds[sent[hop[0]] // each].append(hop)
+            sent[hop[0]] += 1
+        return [arrived for number in sorted(rounds) for arrived in self._round(rounds[number], pack, dtype)]
+
+    def _round(
+        self, hops: Sequence[Hop], pack: Callable[[int, int], Tensor], dtype: torch.dtype
+    ) -> list[tuple[int, int, int, Tensor]]:
         ranks = range(self.group.size())
         send = [[hop for hop in hops if hop[:2] == (self.rank, r)] for r in ranks]
         receive = [[hop for hop in hops if hop[:2] == (r, self.rank)] for r in ranks]
