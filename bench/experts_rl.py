@@ -1,7 +1,7 @@
 """Our own RL traces: does the model learn, is its load stable, and how evenly is it planned? A tiny MoE on a CPU.
 
-    python bench/experts_rl.py --traces DIR            # 10 minutes on one free core; all routes go to DIR
-    python bench/experts_rl.py --traces DIR --part stability
+    python bench/experts_rl.py                          # 10 minutes on one free core; all routes go to build/rl
+    python bench/experts_rl.py --part stability         # at once, where they are
 
 learning   three seeds of `python -m outrider.lab.rl.learn` as it stands, and one with the routers' auxiliary loss:
            mean reward of the first and last 50 RL steps. Seconds are the process's own, one thread.
@@ -36,7 +36,8 @@ from outrider.experts.study import Study, run
 from outrider.lab.rl import trace
 from outrider.lab.rl.learn import Recipe
 
-RESULT = Path(__file__).parent / "results" / "experts_rl.json"
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "bench/results/experts_rl.json"
 RECIPES = {f"seed{seed}": Recipe(seed=seed) for seed in range(3)}
 RECIPES["seed0-balance-loss"] = Recipe(seed=0, balance_weight=0.01)
 STEPS, WINDOW = Recipe().steps, 50
@@ -208,7 +209,7 @@ def excerpt(path: Path, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--traces", type=Path, required=True, help="where the routes of all steps are kept")
+    parser.add_argument("--traces", type=Path, default=ROOT / "build/rl", help="where the routes of all steps are kept")
     parser.add_argument("--part", choices=["learning", "stability", "planning", "all"], default="all")
     parser.add_argument("--excerpt", type=Path)
     options = parser.parse_args()
