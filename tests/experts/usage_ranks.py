@@ -377,6 +377,12 @@ def check_uneven(rank: int) -> None:
         assert rank == 0
 
 
+def check_groups(rank: int) -> None:
+    """Torch matches new groups by how many a rank is in: a group of rank 0 alone would let all of them hang."""
+    dist.new_group([0])
+    refused("torch matches new ones by that number", lambda: balance(build("qwen3")))
+
+
 def main(directory: str, rank: int, ranks: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -384,7 +390,7 @@ def main(directory: str, rank: int, ranks: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for check in (
         check_frozen, check_accumulation, check_unused, check_evaluation, check_several, check_wrappers, check_tables,
-        check_refusals, check_order, check_ranks_that_differ, check_states, check_uneven,
+        check_refusals, check_order, check_ranks_that_differ, check_states, check_uneven, check_groups,
     ):  # fmt: skip
         check(rank)
     sys.stdout.write("all held\n")

@@ -314,6 +314,7 @@ def balance(
         )
     experts = _experts_of(model)
     ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=timeout_s)
+    _check_groups(group)
     tokens, control, lane = (dist.new_group(ranks, timeout=limit, use_local_synchronization=True) for _ in range(3))
     equal(list(model.named_parameters()), tokens)
     blocks = spread(model, contiguous_homes(experts, len(ranks)), tokens, block_rows if bitwise else 0)
@@ -335,6 +336,17 @@ def balance(
         f"{name}.experts.{part}" for name in names for part in PARTS
     ]
     return Balanced(model, blocks, mover, names)
+
+
+def _check_groups(group: dist.ProcessGroup) -> None:
+    """CallerError where ranks are in unequal numbers of groups: torch names new ones by that, and they would hang."""
+    made: list[Any] = [None] * group.size()
+    dist.all_gather_object(made, len(dist.distributed_c10d._world.pg_names), group=group)
+    if len(set(made)) > 1:
+        raise CallerError(
+            f"balance: ranks are in {made} process groups, and torch matches new ones by that number. Call"
+            " dist.new_group on all ranks alike before, also on those that will not be in it."
+        )
 
 
 def _ranks_per_node(group: dist.ProcessGroup) -> int:
