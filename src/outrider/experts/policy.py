@@ -278,9 +278,12 @@ class Policy:
         return self._steps[batch]
 
     def _needs(self, quotas: Array, homes_LE: Array) -> Array:
-        away = quotas[homes_LE[quotas[:, 0], quotas[:, 1]] != quotas[:, 3]]
-        needs: Array = np.unique(away[:, [0, 3, 1]], axis=0)
-        _, copies = np.unique(needs[:, :2], axis=0, return_counts=True)
+        layer, expert, _, rank, _ = quotas.T
+        away = homes_LE[layer, expert] != rank
+        size = (self.settings.layers, self.settings.ranks, self.settings.experts)
+        cells = np.unique(np.ravel_multi_index((layer[away], rank[away], expert[away]), size))
+        needs: Array = np.column_stack(np.unravel_index(cells, size))
+        copies = np.bincount(cells // self.settings.experts)
         if copies.max(initial=0) > self.settings.frames:
             raise CallerError(
                 f"plan: {copies.max()} copies of one layer on a rank that has {self.settings.frames} frames."
