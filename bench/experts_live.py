@@ -13,7 +13,7 @@ cuda           1      needs a CUDA device: host-to-device copies on the lane bes
 The models are small Qwen3-MoE shapes with random weights; a rank is a process with one thread, pinned to a core, gloo
 over loopback. A step is a recompute pass of all micro-batches, an update pass of all, gradients home; weights do not
 change. Arms (outrider.lab.experts_live.rank) take turns, from a barrier each. Medians are over steps in which no rank
-stood in line for a core for a tenth of its time, as far as there are any: `others_share` says how it was.
+stood in line for a core for a tenth of its time, as far as there are any: `in_line_share` says how it was.
 share_of_even: seconds of an even gate / seconds. lane_s counts waiting for the other side too; exposed_s: compute
 waited for the lane. On a CPU copies take their time from a core that computes: what is hidden is not free.
 """
@@ -58,25 +58,30 @@ PARTS = {
 DRAWN = ("static", "ring, at once", "ring", "outrider", "even gate")
 
 
-def measure(part: str, folder: Path) -> dict[str, Any]:
+def measure(part: str, folder: Path | None) -> dict[str, Any]:
     case, ranks = PARTS[part]
     with tempfile.TemporaryDirectory() as directory:
         seen = run(case, ranks, Path(directory))
     table = summed(seen, case)
-    some = panels(seen, case, DRAWN)
-    synthetic = "synthetic routes" if case.routes == "hot" else "recorded routes, random weights"
+    routes = "synthetic routes, made to be skewed" if case.routes == "hot" else "recorded routes, random weights"
     cost = f"EMULATED expert cost, {1e6 * case.row_s:.0f} us a row" if case.row_s else "real expert products in fp32"
-    title = f"One step on {ranks} ranks: {cost}"
-    notes = (
-        f"{synthetic}; {case.layers} layers, {case.batches} micro-batches; above: experts and waits; below: the lane"
-    )
-    (folder / f"experts_live_{part}.trace.json").write_bytes(trace(some))
-    draw(folder / f"experts_live_{part}.png", title, notes, some)
+    if folder:
+        some = panels(seen, case, DRAWN)
+        (folder / f"experts_live_{part}.trace.json").write_bytes(trace(some))
+        title = f"One training step on {ranks} ranks: {cost}"
+        notes = f"{routes}; {case.layers} layers, {case.batches} micro-batches"
+        notes += ". Of each rank, above: experts, and waits for the lane; below: the lane."
+        draw(folder / f"experts_live_{part}.png", title, notes, some)
     for arm, row in table.items():
-        print(f"{arm:10} {row['seconds']:7.3f} s  {row['times_static']:.3f} of static  {json.dumps(row)}", flush=True)
+        words = (
+            f"{row['seconds']:.3f} s, static / it {row['times_static']:.3f}, even gate / it {row['share_of_even']:.3f}"
+        )
+        print(
+            f"{part}, {arm}: {words}, exposed {row['exposed_s']:.3f} of {row['lane_s']:.3f} s on the lane", flush=True
+        )
     shape = {name: value for name, value in msgspec.structs.asdict(case).items() if name != "routes"}
     return {
-        "what": f"{cost}; {synthetic}; {ranks} ranks",
+        "what": f"{cost}; {routes}; {ranks} ranks",
         "ranks": ranks,
         "case": shape,
         "load_average": os.getloadavg(),
@@ -100,12 +105,15 @@ def cuda() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", choices=[*PARTS, "cuda", "all"], default="all")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where pictures and traces go")
+    parser.add_argument("--folder", type=Path, help="gets a picture and a Perfetto trace of each part")
     options = parser.parse_args()
     path = RESULTS / "experts_live.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     for part in PARTS if options.part == "all" else [options.part]:
+        if part in PARTS and PARTS[part][0].routes == str(RECORDED) and not RECORDED.exists():
+            print(f"{part}: left out, {RECORDED} is not here")
+            continue
         try:
             result[part] = cuda() if part == "cuda" else measure(part, options.folder)
         except CallerError as error:

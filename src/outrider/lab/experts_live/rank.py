@@ -213,7 +213,7 @@ def kept_s() -> float:
     return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
-def others(step: Sequence[Step]) -> float:
+def in_line(step: Sequence[Step]) -> float:
     """The largest share of its time that a rank stood in line for a core: behind others, and its own lane."""
     return max(one.kept_s / one.seconds for one in step)
 
@@ -247,7 +247,7 @@ def _quiet(mine: Sequence[Step], case: Case, ranks: int) -> list[str]:
     """The arms to whose step other processes left the machine."""
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, [msgspec.structs.replace(step, spans=[], tickets=[]) for step in mine])
-    return [step[0].arm for step in zip(*everyone, strict=True) if others(step) <= case.quiet]
+    return [step[0].arm for step in zip(*everyone, strict=True) if in_line(step) <= case.quiet]
 
 
 def _agreed(mine: float) -> float:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from outrider.errors import WorldError
-from outrider.lab.experts_live.rank import ARMS, Seen, Step, others
+from outrider.lab.experts_live.rank import ARMS, Seen, Step, in_line
 from outrider.lab.experts_live.routes import Case
 from outrider.lab.experts_live.timeline import Panel
 from outrider.lab.processes import Children
@@ -37,7 +37,7 @@ def run(case: Case, ranks: int, directory: Path, within_s: float = 400.0) -> lis
 def steps_of(seen: list[Seen], arm: str, quiet: float) -> list[list[Step]]:
     """An arm's steps, each as all ranks saw it: the quiet ones, or all where there are none."""
     mine = [list(step) for step in zip(*(one.steps for one in seen), strict=True) if step[0].arm == arm]
-    return [step for step in mine if others(step) <= quiet] or mine
+    return [step for step in mine if in_line(step) <= quiet] or mine
 
 
 def summed(seen: list[Seen], case: Case) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _row(seen: list[Seen], arm: str, steps: list[list[Step]]) -> dict[str, Any]:
     return {
         "seconds": round(median(map(seconds_of, steps)), 4),
         "seconds_of_steps": [round(seconds_of(step), 3) for step in steps],
-        "others_share": round(max(map(others, steps)), 3),
+        "in_line_share": round(max(map(in_line, steps)), 3),
         "largest_over_mean_load": round(float(load.max(axis=2).sum() / load.mean(axis=2).sum()), 4),
         "experts_s_of_ranks": [
             round(median(step[r].figures.computed_s for step in steps), 4) for r in range(len(seen))
