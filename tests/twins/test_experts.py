@@ -31,6 +31,7 @@ from outrider.experts.events import (
     Planned,
     Ran,
 )
+from outrider.experts.exchange import ROUND_BYTES
 from outrider.experts.schedule import StepPlan, assemble, with_homes
 from outrider.lab.clock import Clock
 from outrider.lab.twins.experts import ExpertsTwin
@@ -88,10 +89,10 @@ def test_between_nodes_the_far_link_counts() -> None:
 
 
 def test_out_of_host_memory() -> None:
-    """Put there at 3 bytes/s behind an exchange that carries nothing, then pulled."""
+    """Put there at 3 bytes/s, then pulled."""
     found = one_layer(ONE, [("recompute", 0)], host=Host(3.0), recompute="host")
-    assert (found.before_s, found.passes[0].exposed_s, found.after_s) == (0.5 + 4, [0.5 + 4], 0.0)
-    assert found.lane_s == [0.5 + 0.5 + 4, 0.5], "a pull needs no sender"
+    assert (found.before_s, found.passes[0].exposed_s, found.after_s) == (4.0, [0.5 + 4], 0.0)
+    assert found.lane_s == [0.5 + 4, 4.0], "a pull needs no sender"
     across = one_layer(ONE, [("recompute", 0)], host=Host(3.0), recompute="host", ranks_per_node=1)
     assert across.before_s == 0.5 + 12 / 2 + 4, "first to the node that pulls it"
 
@@ -116,6 +117,14 @@ def test_one_frame_is_emptied_before_it_is_filled() -> None:
     assert [one.exposed_s for one in found.passes] == [[3.5, 0.0], [6.5 + 3.5, 0.0]]
     assert found.after_s == 6.5
     assert (found.frames, found.gradients) == (1, 1)
+
+
+def test_large_exchanges_go_in_rounds() -> None:
+    """Both gradients in one exchange, 48 MB each: a round for each, and so a latency for each."""
+    shape = Shape(2, 2_000_000)
+    found = one_layer(TWO, UPDATES, msgspec.structs.replace(COST, shape=shape, flop_s=12.0 * 2_000_000))
+    assert 2 * shape.expert_bytes > ROUND_BYTES
+    assert found.after_s == 2 * (0.5 + 2 * shape.expert_bytes / 4)
 
 
 def test_without_overlap_a_turn_waits_for_all_that_is_under_way() -> None:

@@ -24,6 +24,7 @@ from outrider.experts import events as ev
 from outrider.experts.copies import Copies
 from outrider.experts.cost import Cost
 from outrider.experts.events import CANCEL, HOST, RETURN, WANT, Array, Pass, Stage
+from outrider.experts.exchange import Hop
 from outrider.experts.frames import Copy
 from outrider.experts.lane import Span
 from outrider.experts.move import WORDS
@@ -32,7 +33,7 @@ from outrider.experts.schedule import StepPlan
 from outrider.experts.turns import Batch, Turns
 from outrider.journal import Journal
 from outrider.lab.clock import Clock
-from outrider.lab.twins.ranks import BACKWARD, Do, Hop, Host, Lanes, Outcome, Parcels, Timed, Work, divided, work
+from outrider.lab.twins.ranks import BACKWARD, Do, Host, Lanes, Outcome, Parcels, Timed, Work, divided, work
 
 Flow = Generator[None, None, None]  # one thing after another; yields where all ranks must have come to that point
 MOVED = 3  # a master that changes its home takes two more tensors along: Adam's moments, in the weights' width
@@ -307,8 +308,8 @@ class ExpertsTwin:
         if batch.kind == HOST:
             node = int(self.nodes_R[rank])
             mine = {hop: self._shared[node, hop[2], hop[3]] for hop in hops if hop[1] == rank}
-            bytes_R = size * np.bincount([dst for _, dst, *_ in hops], minlength=len(self.ranks))
-            self.lanes.pull(rank, what, bytes_R, partial(arrived, mine))
+            pulls_s = self.lanes.host_s(size, [dst for _, dst, *_ in hops])
+            self.lanes.pull(rank, what, size * len(mine), float(pulls_s[rank]), partial(arrived, mine))
         elif batch.kind == RETURN:  # in fp32 at least
             size *= max(4, self.cost.shape.width) // self.cost.shape.width
             self.lanes.exchange(rank, name, what, hops, size, partial(self._gradient, rank), at_home)
@@ -341,24 +342,25 @@ class ExpertsTwin:
 
     def _share(self, rows: Array) -> Flow:
         """Homes put experts into the shared memory of each node that pulls them; beyond theirs a rank there does it."""
-        hops: list[Hop] = []
+        own, far = list[Hop](), list[Hop]()
+        self._shared = {}
         for layer, expert, home, node in rows.tolist():
             there = np.flatnonzero(self.nodes_R == node)
-            own = int((self.nodes_R[:home] == self.nodes_R[home]).sum())
-            hops.append((home, home if self.nodes_R[home] == node else int(there[own % len(there)]), layer, expert))
-        self._shared = {}
+            number = int((self.nodes_R[:home] == self.nodes_R[home]).sum())
+            dst = home if self.nodes_R[home] == node else int(there[number % len(there)])
+            (own if dst == home else far).append((home, dst, layer, expert))
+            self._shared[node, layer, expert] = self._weights(layer, expert)
         size, what = self.cost.shape.expert_bytes, "weights into shared memory"
-        puts_R = size * np.bincount([dst for _, dst, *_ in hops], minlength=len(self.ranks))
-        puts_s = self.lanes.host.pulls_s(puts_R, self.nodes_R)
+        own_s, far_s = (self.lanes.host_s(size, [dst for _, dst, *_ in some]) for some in (own, far))
 
         def put(rank: int, over: Callable[[], None]) -> None:
-            def arrived(parcels: Parcels) -> None:
-                for (_, dst, layer, expert), weights in parcels.items():
-                    if dst == rank:
-                        self._shared[int(self.nodes_R[rank]), layer, expert] = weights
-                self.clock.at(self.clock.now + float(puts_s[rank]), over)
+            def arrived(_: Parcels) -> None:
+                self.lanes.busy(rank, float(far_s[rank]), over)
 
-            self.lanes.exchange(rank, what, what, hops, size, partial(self._master, rank), arrived)
+            def exchange() -> None:
+                self.lanes.exchange(rank, what, what, far, size, partial(self._master, rank), arrived)
+
+            self.lanes.busy(rank, float(own_s[rank]), exchange if far else over)
 
         for rank in self.ranks:
             self.lanes.put(rank, what, partial(put, rank))

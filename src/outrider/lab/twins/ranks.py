@@ -3,12 +3,14 @@
 A forward turn takes what the cost model says (cost.py: launches, whole tiles, tokens on links), a backward one twice
 that. Its tokens are on the rank's links at its begin and at its end, half of them each, the far link outermost. Where
 the cost model says `shared_links`, what a link carries stands still while tokens are on it.
-An exchange takes one latency and then the fullest rank's seconds, each link for itself, in and out side by side; all
-ranks take part, also with nothing. A pull out of host memory needs no sender. Near links that are no faster than far
+An exchange goes in rounds of bounded size, as live; each takes one latency and then the fullest rank's seconds, each
+link for itself, in and out side by side; all ranks take part, also with nothing. A pull out of host memory needs no
+sender. Near links that are no faster than far
 ones, or than the host's, are taken to be the same link.
 """
 # ruff: noqa: N803, N806, N815 - array names end in a legend of their axes
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,13 +21,13 @@ import numpy as np
 from outrider.errors import LawBroken
 from outrider.experts.cost import PASSES, Cost
 from outrider.experts.events import Array, Stage
+from outrider.experts.exchange import ROUND_BYTES, Hop
 from outrider.experts.lane import Span
 from outrider.lab.clock import Clock, Timer
 from outrider.lab.twins.links import Crew, Task
 
 BACKWARD = PASSES - 2  # a backward turn in forward ones: PASSES are two forward passes and a backward one
 Do = Callable[[], object]
-Hop = tuple[int, int, int, int]  # src, dst, layer, expert
 Parcels = dict[Hop, float]  # what travels, a number for an expert
 
 
@@ -210,9 +212,10 @@ class Meeting:
 
     def __init__(self, lanes: "Lanes", name: object, hops: Sequence[Hop], size_bytes: int) -> None:
         self.name, self.parcels = name, Parcels()
-        self._lanes, self._hops, self._size_bytes = lanes, hops, size_bytes
+        self._lanes, self._size_bytes = lanes, size_bytes
         self._begin_s = 0.0
         self._ends: dict[int, Callable[[Parcels], object]] = {}
+        self._rounds = rounds(hops, size_bytes)
         self._open = 0
 
     def join(self, rank: int, name: object, end: Callable[[Parcels], object]) -> None:
@@ -220,13 +223,22 @@ class Meeting:
         if name != self.name:
             raise LawBroken(7, f"rank {rank} comes to exchange {name} where others are at {self.name}")
         self._ends[rank] = end
-        clock = self._lanes.clock
         if len(self._ends) == len(self._lanes.near):
-            self._begin_s = clock.now
-            clock.at(clock.now + self._lanes.cost.links.latency_s, self._carry)
+            self._begin_s = self._lanes.clock.now
+            self._next()
 
-    def _carry(self) -> None:
-        parts = self._lanes.parts(self._hops, self._size_bytes)
+    def _next(self) -> None:
+        """The next round, or the end."""
+        clock = self._lanes.clock
+        if self._rounds:
+            clock.at(clock.now + self._lanes.cost.links.latency_s, partial(self._carry, self._rounds.pop(0)))
+            return
+        for rank in sorted(self._ends):
+            self._lanes.outcome.lane_s[rank] += clock.now - self._begin_s
+            self._ends[rank](self.parcels)
+
+    def _carry(self, hops: Sequence[Hop]) -> None:
+        parts = self._lanes.parts(hops, self._size_bytes)
         self._open = 1 + len(parts)
         for link, seconds in parts:
             link.carry(seconds, self._part)
@@ -235,9 +247,17 @@ class Meeting:
     def _part(self) -> None:
         self._open -= 1
         if not self._open:
-            for rank in sorted(self._ends):
-                self._lanes.outcome.lane_s[rank] += self._lanes.clock.now - self._begin_s
-                self._ends[rank](self.parcels)
+            self._next()
+
+
+def rounds(hops: Sequence[Hop], size_bytes: int) -> list[list[Hop]]:
+    """As `Exchange.experts` cuts them: each round takes some of every source, in their order."""
+    each, sent = max(1, ROUND_BYTES // size_bytes), Counter[int]()
+    cut: dict[int, list[Hop]] = {}
+    for hop in hops:
+        cut.setdefault(sent[hop[0]] // each, []).append(hop)
+        sent[hop[0]] += 1
+    return [cut[number] for number in sorted(cut)]
 
 
 class Lanes:
@@ -297,16 +317,25 @@ class Lanes:
                 self.outcome.sent_bytes[rank] += size_bytes * (hop[1] != rank)
         meeting.join(rank, name, arrived)
 
-    def pull(self, rank: int, what: str, bytes_R: Array, arrived: Do) -> None:
-        """A job of one rank. bytes_R: what all pull in this batch; those of a node are taken to begin together."""
-        self.count(what, int(bytes_R[rank]))
-        began_s, seconds = self.clock.now, float(self.host.pulls_s(bytes_R, self.nodes_R)[rank])
+    def pull(self, rank: int, what: str, size_bytes: int, seconds: float, arrived: Do) -> None:
+        """A job of one rank, which takes its host link so many seconds."""
+        self.count(what, size_bytes)
+        began_s = self.clock.now
 
         def ended() -> None:
             self.outcome.lane_s[rank] += self.clock.now - began_s
             arrived()
 
         self.clock.at(began_s + self.cost.links.latency_s, lambda: self.pci[rank].carry(seconds, ended))
+
+    def busy(self, rank: int, seconds: float, do: Do) -> None:
+        """A part of a job that uses nothing which others do."""
+        self.outcome.lane_s[rank] += seconds
+        self.clock.at(self.clock.now + seconds, do)
+
+    def host_s(self, size_bytes: int, ranks: Sequence[int]) -> Any:
+        """[R] seconds until each rank has pulled or put its experts; those of a node are taken to begin together."""
+        return self.host.pulls_s(size_bytes * np.bincount(ranks, minlength=len(self.near)), self.nodes_R)
 
     def take(self, rank: int, near_s: float, far_s: float, until_s: float) -> None:
         """A turn begins: tokens are on its links for so many seconds now, and again at its end."""
