@@ -226,6 +226,14 @@ def test_what_is_under_way_is_cancelled_and_wanted_again_but_not_sent_twice() ->
     shadow.finish(policy)
 
 
+def test_a_pass_out_of_turn_says_so() -> None:
+    """What was fetched ahead has come for another turn: the mover must wait for all of it."""
+    policy = Policy(SHAPE)
+    policy.handle(Foreseen(hot(0, 3, 0, 6), tuple(("update", m) for m in range(4))), 0)
+    said = [policy.handle(Began("update", m), 0)[-1].expected for m in (0, 1, 3, 2)]
+    assert said == [True, True, False, False]
+
+
 def test_with_frames_for_all_layers_a_kept_copy_is_carried_once() -> None:
     policy, shadow = Policy(SHAPE), Shadow(SHAPE)
     shadow.begin(policy.handle(Foreseen(hot(0, 0, 0)), 0))

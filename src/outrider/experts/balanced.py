@@ -40,7 +40,7 @@ from outrider.experts.checkpoint import (
     of_optimizer,
 )
 from outrider.experts.dense import Dense, equal
-from outrider.experts.events import Array, Pass, Stage
+from outrider.experts.events import Array, Began, Foreseen, Pass, Stage
 from outrider.experts.layer import SpreadBlock, spread
 from outrider.experts.move import Mover
 from outrider.experts.plan import contiguous_homes
@@ -73,7 +73,7 @@ class Balanced:
         passes     the order in which micro-batches will run, where it is not the plain one: what comes is fetched ahead
         optimizer  whose state goes along, where a plan gives experts new homes
         Gradients that are there are added to, as ever: call zero_grad before, or accumulate over several steps.
-        Raises CallerError at the end if gradients were computed and `finish_gradients` was not called.
+        Raises CallerError at the end if `finish_gradients` was not called.
         """
         if self.under_way is not None:
             raise CallerError(
@@ -111,6 +111,7 @@ class Balanced:
 
         Call it after finish_gradients, on all ranks. torch's own sees one rank's experts and lets ranks drift apart.
         """
+        self._check_between("clip_grad_norm_")
         total = self.dense.norm()
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, total)
         return total
@@ -186,9 +187,11 @@ class Run:
             )
         mover = self._balanced.mover
         self._replay(*self._given(routes, real))
-        with mover.micro_step(stage, batch, several) if self._foreseen else mover.react(stage):
-            yield
-        self._replay(None, None)
+        try:
+            with mover.micro_step(stage, batch, several) if self._foreseen else mover.react(stage):
+                yield
+        finally:
+            self._replay(None, None)
 
     @contextmanager
     def forward(self, batch: int, routes: Tensor | None = None, real: Tensor | None = None) -> Iterator[None]:
@@ -198,8 +201,11 @@ class Run:
             raise CallerError(f"forward of micro-batch {batch}: it is in flight already. Run its backward first.")
         self._replayed[batch] = self._given(routes, real)
         self._replay(*self._replayed[batch])
-        with self._balanced.mover.micro_step("forward", batch):
-            yield
+        try:
+            with self._balanced.mover.micro_step("forward", batch):
+                yield
+        finally:
+            self._replay(None, None)
 
     @contextmanager
     def backward(self, batch: int) -> Iterator[None]:
@@ -208,8 +214,11 @@ class Run:
         if batch not in self._replayed:
             raise CallerError(f"backward of micro-batch {batch}: it is not in flight. Run its forward first, once.")
         self._replay(*self._replayed.pop(batch))
-        with self._balanced.mover.micro_step("backward", batch):
-            yield
+        try:
+            with self._balanced.mover.micro_step("backward", batch):
+                yield
+        finally:
+            self._replay(None, None)
 
     def finish_gradients(self, sum_dense: bool = True) -> None:
         """Copies' gradients go home. sum_dense False: something else adds up the dense ones (DDP, by a hook that sums).
@@ -308,13 +317,18 @@ def balance(
         raise CallerError(f"balance: slots {slots}, block_rows {block_rows}. Give 0 or more, and 1 or more.")
     if timeout_s <= 0:
         raise CallerError(f"balance: timeout_s {timeout_s}. Give the seconds after which a silent rank counts as lost.")
+    if "gloo" not in str(dist.get_backend_config(group)):
+        raise CallerError(
+            f"balance: a group of {dist.get_backend_config(group)} alone; what ranks tell each other lies on the host."
+            ' Call init_process_group("cpu:gloo,cuda:nccl").'
+        )
     if any(isinstance(module, SpreadBlock) for module in model.modules()):
         raise CallerError(
             "balance: this model is balanced already. Use what balance returned, or give the plain model."
         )
     experts = _experts_of(model)
     ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=timeout_s)
-    _check_groups(group)
+    _even_out_groups(group)
     tokens, control, lane = (dist.new_group(ranks, timeout=limit, use_local_synchronization=True) for _ in range(3))
     equal(list(model.named_parameters()), tokens)
     blocks = spread(model, contiguous_homes(experts, len(ranks)), tokens, block_rows if bitwise else 0)
@@ -331,6 +345,7 @@ def balance(
         recompute=recompute if per_node else "direct",
         update=update if per_node else "direct",
     )
+    _compile(settings)
     mover = Mover(Policy(settings), blocks, control, lane, journal, watchdog_s=timeout_s, timeline=timeline)
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment] # or DDP would give all ranks rank 0's experts
         f"{name}.experts.{part}" for name in names for part in PARTS
@@ -338,15 +353,20 @@ def balance(
     return Balanced(model, blocks, mover, names)
 
 
-def _check_groups(group: dist.ProcessGroup) -> None:
-    """CallerError where ranks are in unequal numbers of groups: torch names new ones by that, and they would hang."""
+def _compile(settings: Settings) -> None:
+    """Before the first exchange, so that no rank's watchdog counts it."""
+    policy = Policy(settings)
+    nothing = np.zeros((1, settings.layers, settings.ranks, settings.experts), dtype=np.int64)
+    for event in (Foreseen(nothing), Began("update", 0)):
+        policy.handle(event, 0)
+
+
+def _even_out_groups(group: dist.ProcessGroup) -> None:
+    """Torch names a new group by how many a rank is in: where that differs, ranks would wait for different ones."""
     made: list[Any] = [None] * group.size()
     dist.all_gather_object(made, len(dist.distributed_c10d._world.pg_names), group=group)
-    if len(set(made)) > 1:
-        raise CallerError(
-            f"balance: ranks are in {made} process groups, and torch matches new ones by that number. Call"
-            " dist.new_group on all ranks alike before, also on those that will not be in it."
-        )
+    for _ in range(max(made) - made[group.rank()]):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _ranks_per_node(group: dist.ProcessGroup) -> int:

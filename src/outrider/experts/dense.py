@@ -23,7 +23,7 @@ class Dense:
 
     def __init__(self, model: nn.Module, blocks: Sequence[SpreadBlock]) -> None:
         self.model, self.blocks, self.group = model, blocks, blocks[0].group
-        self._summed = False  # what is in the gradients now is already the sum over ranks
+        self._summed: dict[int, Tensor] = {}  # parameter: its gradient, which is the sum over ranks
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """In the model's order."""
@@ -32,10 +32,10 @@ class Dense:
 
     def keep_once(self) -> None:
         """A step begins on gradients of the one before: of those sums only rank 0 keeps one, to add them up once."""
-        for _, parameter in self.named() if self._summed and self.group.rank() else ():
-            if parameter.grad is not None:
+        for _, parameter in self.named() if self.group.rank() else ():
+            if parameter.grad is not None and parameter.grad is self._summed.get(id(parameter)):
                 parameter.grad.zero_()
-        self._summed = False
+        self._summed = {}
 
     def sum_gradients(self) -> None:
         """Add up gradients over ranks. One that no rank has stays None. CallerError where parameters have drifted."""
@@ -48,7 +48,7 @@ class Dense:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self.group)
-        self._summed = True
+                self._summed[id(parameter)] = parameter.grad
 
     def norm(self) -> Tensor:
         """2-norm of all gradients, in fp32 at least: the same bits on every rank, and for any homes.

@@ -10,9 +10,7 @@ from torch import Tensor
 from outrider.experts.canonical import Key
 from outrider.experts.layer import SpreadBlock
 
-ROUND_BYTES = (
-    24 << 20
-)  # that a rank sends: beyond 32 MiB malloc takes fresh pages each time, which cost more than copies
+ROUND_BYTES = 24 << 20  # of a rank: beyond 32 MiB malloc takes fresh pages each time, which cost more than copies
 Hop = tuple[int, int, int, int]  # src, dst, layer, expert
 Part = tuple[int, int, int, Key, Tensor]  # destination, layer, owner, place in the sum, value
 

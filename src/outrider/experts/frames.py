@@ -18,7 +18,7 @@ import numpy as np
 
 from outrider.errors import LawBroken
 from outrider.experts.compiled import compiled
-from outrider.experts.events import Array
+from outrider.experts.events import CANCEL, RETURN, WANT, Array
 
 TABLE = MappingProxyType(  # (state, what happens) -> state; whatever else happens breaks law 4
     {
@@ -113,7 +113,7 @@ def carry(
                 at_P[page], next_F[f] = f, soon_P[page]
                 if next_F[f] == never and fresh_RF[r, f] and not cancelled_RF[r, f]:
                     cancelled_RF[r, f] = 1
-                    rows[n_rows] = (first - 1, first, 3, page, 0, homes_P[page], r, f)
+                    rows[n_rows] = (first - 1, first, CANCEL, page, 0, homes_P[page], r, f)
                     n_rows += 1
         for n in range(low, high):
             visit, page, kind = needs[n]
@@ -132,7 +132,7 @@ def carry(
                 if old >= 0:
                     at_P[old] = -1
                     if owes_RF[r, f]:
-                        rows[n_rows] = (after, visit, 0, old, 0, r, homes_P[old], f)
+                        rows[n_rows] = (after, visit, RETURN, old, 0, r, homes_P[old], f)
                         n_rows += 1
                 rows[n_rows] = (after, visit, kind, page, 0, homes_P[page], r, f)
                 n_rows += 1
@@ -140,7 +140,7 @@ def carry(
                 owes_RF[r, f], fresh_RF[r, f], cancelled_RF[r, f] = 0, 1, 0
             elif cancelled_RF[r, f]:
                 cancelled_RF[r, f] = 0
-                rows[n_rows] = (first - 1, visit, 4, page, 0, homes_P[page], r, f)
+                rows[n_rows] = (first - 1, visit, WANT, page, 0, homes_P[page], r, f)
                 n_rows += 1
             last_F[f], next_F[f] = visit, next_N[n]
             if visit < end:

@@ -17,6 +17,7 @@ import torch
 from outrider.errors import WorldError
 
 Job = Callable[[], None]
+CLOSE_S = 1.0  # for a job under way
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -81,7 +82,7 @@ class Lane:
         """No job comes any more. Does not wait for one that hangs."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join(timeout=0.0 if self._error else self.watchdog_s)
+            self._thread.join(timeout=0.0 if self._error else CLOSE_S)
             self._thread = None
 
     def _raise(self) -> None:

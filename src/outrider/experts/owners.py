@@ -127,6 +127,8 @@ def _replace(parameter: nn.Parameter, key: str, fresh: Tensor, optimizer: torch.
     elif key:
         optimizer.state[parameter][key] = fresh
     else:
+        # the gradient's node of an older graph has the old shape: another type makes torch forget it
+        parameter.data = fresh.new_empty(0, dtype=torch.int8)
         parameter.data = fresh
 
 

@@ -89,9 +89,12 @@ class Shared:
                     f"experts: {size} bytes of shared memory in {self.folder}: {failed[0]}. Free some,"
                     " or take the direct path."
                 )
-            with open(path, "r+b") as file:
-                self._map = mmap.mmap(file.fileno(), size)
-            self._told(("", ""))
+            failed = [words for _, words in self._told(self._opened(path, size)) if words]
+            if failed:
+                raise WorldError(
+                    f"experts: shared memory in {self.folder} cannot be opened: {failed[0]}. Let all ranks of a machine"
+                    " see the same folder, or take the direct path."
+                )
         finally:
             if self.rank == self.first and path:
                 os.unlink(path)
@@ -111,6 +114,15 @@ class Shared:
                 f"experts: {whole.nbytes} bytes of shared memory cannot be pinned (CUDA error {failed}). Raise the"
                 " limit of locked memory (ulimit -l), or take the direct path."
             )
+
+    def _opened(self, path: str, size: int) -> tuple[str, str]:
+        """Nothing, or what went wrong: said to all, as in `_made`."""
+        try:
+            with open(path, "r+b") as file:
+                self._map = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            return "", str(error.strerror)
+        return "", ""
 
     def _made(self, size: int) -> tuple[str, str]:
         """The path of a new file with room for `size` bytes, or what went wrong: said to all, so that none waits."""
