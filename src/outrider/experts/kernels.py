@@ -1,9 +1,9 @@
 """The compiled heart of planning: tokens of one layer as a flow from experts to the ranks that hold them. Pure.
 
     lay      every token at its home, copies empty
-    push     shift tokens along shortest residual paths until no rank is over `most`, or nothing helps
+    push     shift tokens along residual paths until no rank is over `most`, or nothing helps
     exact    the least `most` that these holders allow, with the cut that proves it
-    improve  new copies, one by one, where they let the most excess drain
+    improve  new copies where they let the most excess drain, a batch at a time
     place    all of it, layer by layer: the only function that plan.py calls
 
 A residual path leads rank -> expert with tokens there -> another holder of that expert -> ... Three quantities steer
@@ -13,6 +13,8 @@ expert, from the one rank to the other, drains at once. Counting chains is what 
 
 Everything is integer; ties go to the copy that the known micro-steps ahead need more, then to the lower rank and
 expert. numba caches compiled code beside the file; all of it lies here, since its cache watches one file only.
+Small numbers lie in unsigned tables, as an index that may be negative costs a comparison; and what is hard to predict
+is written without branches.
 """
 
 from typing import NamedTuple
@@ -23,7 +25,6 @@ from numba import njit
 from outrider.experts.events import Array
 
 FAR = 1 << 60
-UNKNOWN = -2
 
 
 class Layer(NamedTuple):
@@ -46,44 +47,55 @@ class Proof(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """One layer's working memory, reused for every layer. R ranks, E experts, X experts on a rank, H holders."""
+    """One layer's working memory, reused for every layer. R ranks, E experts, H holders of an expert, P picks."""
 
-    held_ER: Array  # 1 where the rank holds the expert
-    tokens_ER: Array
+    tokens_ER: Array  # -1 where the rank does not hold the expert
     load_R: Array
-    on_RX: Array  # experts on each rank: homes, then copies; the first on_R[r] are valid
-    on_R: Array
     at_EH: Array  # ranks that hold each expert, its home first; the first at_E[e] are valid
     at_E: Array
+    on_RX: Array  # experts on each rank that other ranks hold too; the first on_R[r] are valid
+    on_R: Array
     queue_R: Array
-    via_expert_R: Array  # the step into a rank on the path found: this expert, from that rank; -1: the path's root
-    via_rank_R: Array
     seen_R: Array
     seen_E: Array
     wide_R: Array
+    from_expert_R: Array  # the last step of a path into a rank: this expert, from that rank; the rank itself at a root
+    from_rank_R: Array
     deep_R: Array
-    picks_RP: Array
+    to_expert_R: Array  # the first step of a path out of a rank
+    to_rank_R: Array
+    pick_expert_P: Array
+    pick_rank_P: Array
+    near_expert_P: Array
+    near_rank_P: Array
+    near_wide_P: Array
 
 
+@njit(cache=True)
 def flow_of(experts: int, ranks: int, slots: int) -> Flow:
     """Working memory for layers of this shape; `slots` is the largest number of spare slots of a rank."""
-    row, column = np.zeros(ranks, dtype=np.int64), np.zeros(experts, dtype=np.int64)
+    picks = experts + ranks * slots + 1
     return Flow(
-        held_ER=np.zeros((experts, ranks), dtype=np.uint8),
-        tokens_ER=np.zeros((experts, ranks), dtype=np.int32),
-        load_R=row.copy(),
-        on_RX=np.zeros((ranks, experts + slots), dtype=np.int16),
-        on_R=row.copy(),
-        at_EH=np.zeros((experts, ranks), dtype=np.int16),
-        at_E=column.copy(),
-        queue_R=row.copy(),
-        via_expert_R=row.copy(),
-        via_rank_R=row.copy(),
-        seen_R=row.copy(),
-        seen_E=column.copy(),
-        wide_R=row.copy(),
-        deep_R=row.copy(),
-        picks_RP=np.zeros((ranks, 4), dtype=np.int64),
+        np.empty((experts, ranks), dtype=np.int32),
+        np.empty(ranks, dtype=np.int64),
+        np.empty((experts, ranks), dtype=np.uint16),
+        np.empty(experts, dtype=np.int64),
+        np.empty((ranks, experts + slots), dtype=np.uint16),
+        np.empty(ranks, dtype=np.int64),
+        np.empty(ranks + 1, dtype=np.uint16),
+        np.empty(ranks, dtype=np.int64),
+        np.empty(experts, dtype=np.int64),
+        np.empty(ranks, dtype=np.int64),
+        np.empty(ranks, dtype=np.uint16),
+        np.empty(ranks, dtype=np.uint16),
+        np.empty(ranks, dtype=np.int64),
+        np.empty(ranks, dtype=np.uint16),
+        np.empty(ranks, dtype=np.uint16),
+        np.empty(picks, dtype=np.uint16),
+        np.empty(picks, dtype=np.uint16),
+        np.empty(picks, dtype=np.uint16),
+        np.empty(picks, dtype=np.uint16),
+        np.empty(picks, dtype=np.int64),
     )
 
 
@@ -93,26 +105,29 @@ def lay(flow: Flow, load_E: Array, homes_E: Array, bias_R: Array, replicas_RS: A
 
     bias_R: tokens that a rank counts as carrying already (or as not carrying): slower ranks get so many fewer.
     """
-    flow.held_ER[:] = 0
-    flow.tokens_ER[:] = 0
+    flow.tokens_ER[:] = -1
     flow.load_R[:] = bias_R
     flow.on_R[:] = 0
-    flow.at_E[:] = 0
+    flow.at_E[:] = 1
     for e in range(load_E.size):
-        add(flow, e, homes_E[e])
+        flow.at_EH[e, 0] = homes_E[e]
         flow.tokens_ER[e, homes_E[e]] = load_E[e]
         flow.load_R[homes_E[e]] += load_E[e]
     for r in range(replicas_RS.shape[0]):
         for s in range(replicas_RS.shape[1]):
             e = replicas_RS[r, s]
-            if e >= 0 and flow.held_ER[e, r] == 0:
-                add(flow, e, r)
+            if e >= 0 and flow.tokens_ER[e, r] < 0:
+                _add(flow, e, r)
 
 
-@njit(cache=True)
-def add(flow: Flow, e: int, r: int) -> None:
+@njit(cache=True, forceinline=True)
+def _add(flow: Flow, e: int, r: int) -> None:
     """Rank r holds expert e from now on."""
-    flow.held_ER[e, r] = 1
+    if flow.at_E[e] == 1:
+        home = flow.at_EH[e, 0]
+        flow.on_RX[home, flow.on_R[home]] = e
+        flow.on_R[home] += 1
+    flow.tokens_ER[e, r] = 0
     flow.on_RX[r, flow.on_R[r]] = e
     flow.on_R[r] += 1
     flow.at_EH[e, flow.at_E[e]] = r
@@ -120,99 +135,142 @@ def add(flow: Flow, e: int, r: int) -> None:
 
 
 @njit(cache=True)
-def remove(flow: Flow, homes_E: Array, e: int, r: int) -> None:
+def _remove(flow: Flow, e: int, r: int) -> None:
     """Rank r gives up its copy of e; what it computed goes back to e's home."""
-    home = homes_E[e]
-    flow.tokens_ER[e, home] += flow.tokens_ER[e, r]
-    flow.load_R[home] += flow.tokens_ER[e, r]
-    flow.load_R[r] -= flow.tokens_ER[e, r]
-    flow.tokens_ER[e, r] = 0
-    flow.held_ER[e, r] = 0
+    home, tokens = flow.at_EH[e, 0], flow.tokens_ER[e, r]
+    flow.tokens_ER[e, home] += tokens
+    flow.load_R[home] += tokens
+    flow.load_R[r] -= tokens
+    flow.tokens_ER[e, r] = -1
     _cut(flow.on_RX[r], flow.on_R, r, e)
     _cut(flow.at_EH[e], flow.at_E, e, r)
+    if flow.at_E[e] == 1:
+        _cut(flow.on_RX[home], flow.on_R, home, e)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _cut(row: Array, sizes: Array, at: int, value: int) -> None:
     i = 0
     while row[i] != value:
         i += 1
-    for j in range(i, sizes[at] - 1):
-        row[j] = row[j + 1]
     sizes[at] -= 1
+    for j in range(i, sizes[at]):
+        row[j] = row[j + 1]
+
+
+@njit(cache=True, forceinline=True)
+def _shift(flow: Flow, e: int, r: int, other: int, amount: int) -> None:
+    flow.tokens_ER[e, r] -= amount
+    flow.tokens_ER[e, other] += amount
+    flow.load_R[r] -= amount
+    flow.load_R[other] += amount
+
+
+@njit(cache=True, forceinline=True)
+def _incoming(flow: Flow, most: int, r: int) -> int:
+    """Excess that the path into r can bring now."""
+    amount = FAR
+    while flow.from_rank_R[r] != r:
+        e, before = flow.from_expert_R[r], flow.from_rank_R[r]
+        amount = min(amount, flow.tokens_ER[e, before])
+        if flow.tokens_ER[e, r] < 0:
+            amount = 0
+        r = before
+    return int(min(amount, flow.load_R[r] - most))
+
+
+@njit(cache=True, forceinline=True)
+def _draw(flow: Flow, r: int, amount: int) -> None:
+    while flow.from_rank_R[r] != r:
+        e, before = flow.from_expert_R[r], flow.from_rank_R[r]
+        _shift(flow, e, before, r, amount)
+        r = before
+
+
+@njit(cache=True, forceinline=True)
+def _outgoing(flow: Flow, most: int, r: int) -> int:
+    """Tokens that the path out of r can take now."""
+    amount = FAR
+    while flow.to_rank_R[r] != r:
+        e, after = flow.to_expert_R[r], flow.to_rank_R[r]
+        amount = min(amount, flow.tokens_ER[e, r])
+        if flow.tokens_ER[e, after] < 0:  # its copy has given way to another
+            amount = 0
+        r = after
+    return int(min(amount, most - flow.load_R[r]))
+
+
+@njit(cache=True, forceinline=True)
+def _pass(flow: Flow, r: int, amount: int) -> None:
+    while flow.to_rank_R[r] != r:
+        e, after = flow.to_expert_R[r], flow.to_rank_R[r]
+        _shift(flow, e, r, after, amount)
+        r = after
+
+
+@njit(cache=True)
+def pour(flow: Flow, most: int) -> None:
+    """Drain ranks above `most` straight into ranks below it: most that can be drained is, and without a search."""
+    load_R, tokens_ER = flow.load_R, flow.tokens_ER
+    for r in range(load_R.size):
+        if load_R[r] <= most:
+            continue
+        for i in range(flow.on_R[r]):
+            e = flow.on_RX[r, i]
+            for j in range(flow.at_E[e]):
+                other = flow.at_EH[e, j]
+                amount = max(0, min(tokens_ER[e, r], load_R[r] - most, most - load_R[other]))
+                _shift(flow, e, r, other, amount)
 
 
 @njit(cache=True)
 def push(flow: Flow, most: int) -> int:
-    """Drain ranks above `most` into ranks below it; the excess that is left.
+    """Drain ranks above `most` into ranks below it along short paths; the excess that is left.
 
     Where some is left, seen_R and seen_E are the cut: every holder of an expert seen lies in a rank seen, and all those
     ranks hold `most` at least.
     """
-    load_R, tokens_ER = flow.load_R, flow.tokens_ER
-    for r in range(load_R.size):  # paths of one step, which are most, without a search
-        for i in range(flow.on_R[r]):
-            if load_R[r] <= most:
-                break
-            e = flow.on_RX[r, i]
-            for j in range(flow.at_E[e]):
-                other = flow.at_EH[e, j]
-                amount = min(tokens_ER[e, r], load_R[r] - most, most - load_R[other])
-                if amount > 0:
-                    tokens_ER[e, r] -= amount
-                    tokens_ER[e, other] += amount
-                    load_R[r] -= amount
-                    load_R[other] += amount
+    load_R, tokens_ER, queue_R = flow.load_R, flow.tokens_ER, flow.queue_R
     while True:
         flow.seen_R[:] = 0
         flow.seen_E[:] = 0
         tail, excess = 0, 0
         for r in range(load_R.size):
+            flow.wide_R[r] = max(0, load_R[r] - most)
             if load_R[r] > most:
-                flow.queue_R[tail] = r
+                queue_R[tail] = r
                 tail += 1
                 flow.seen_R[r] = 1
-                flow.via_expert_R[r] = -1
+                flow.from_rank_R[r] = r
                 excess += load_R[r] - most
         if excess == 0:
-            return excess
-        head, room = 0, -1
-        while head < tail and room < 0:
-            r = flow.queue_R[head]
+            return 0
+        sources, head, moved = tail, 0, 0
+        while head < tail:
+            r = queue_R[head]
             head += 1
             for i in range(flow.on_R[r]):
                 e = flow.on_RX[r, i]
-                if tokens_ER[e, r] == 0 or flow.seen_E[e] == 1:
+                if flow.seen_E[e] == 1 or tokens_ER[e, r] == 0:
                     continue
                 flow.seen_E[e] = 1
                 for j in range(flow.at_E[e]):
                     other = flow.at_EH[e, j]
-                    if flow.seen_R[other] == 1:
-                        continue
-                    flow.seen_R[other] = 1
-                    flow.via_expert_R[other] = e
-                    flow.via_rank_R[other] = r
-                    flow.queue_R[tail] = other
-                    tail += 1
-                    if load_R[other] < most and room < 0:
-                        room = other
-                if room >= 0:
-                    break
-        if room < 0:
+                    if flow.seen_R[other] == 0:
+                        flow.seen_R[other] = 1
+                        flow.wide_R[other] = min(flow.wide_R[r], tokens_ER[e, r])
+                        flow.from_expert_R[other] = e
+                        flow.from_rank_R[other] = r
+                        queue_R[tail] = other
+                        tail += 1
+        for i in range(sources, tail):  # along the tree, into each rank with room what the ones before it left
+            room = queue_R[i]
+            if load_R[room] < most:
+                amount = min(most - load_R[room], _incoming(flow, most, room))
+                _draw(flow, room, amount)
+                moved += amount
+        if moved == 0:
             return excess
-        amount, r = most - load_R[room], room
-        while flow.via_expert_R[r] >= 0:
-            amount = min(amount, tokens_ER[flow.via_expert_R[r], flow.via_rank_R[r]])
-            r = flow.via_rank_R[r]
-        amount = min(amount, load_R[r] - most)
-        load_R[r] -= amount
-        load_R[room] += amount
-        r = room
-        while flow.via_expert_R[r] >= 0:
-            e, before = flow.via_expert_R[r], flow.via_rank_R[r]
-            tokens_ER[e, before] -= amount
-            tokens_ER[e, r] += amount
-            r = before
 
 
 @njit(cache=True)
@@ -226,6 +284,9 @@ def exact(flow: Flow, ranks: int, proof: Proof) -> int:
     proof.experts_E[:] = 1
     proof.ranks_R[:] = 1
     while push(flow, most) > 0:
+        for e in range(flow.at_E.size):  # what has but one holder
+            home = flow.at_EH[e, 0]
+            flow.seen_E[e] |= flow.seen_R[home] & (flow.tokens_ER[e, home] > 0)
         most = -(-(flow.load_R * flow.seen_R).sum() // flow.seen_R.sum())
         proof.experts_E[:] = flow.seen_E
         proof.ranks_R[:] = flow.seen_R
@@ -233,39 +294,32 @@ def exact(flow: Flow, ranks: int, proof: Proof) -> int:
 
 
 @njit(cache=True)
-def _measure(flow: Flow, most: int) -> None:
-    """wide_R and deep_R after a push that left some excess: relax until nothing grows."""
-    wide_R, deep_R, load_R, tokens_ER = flow.wide_R, flow.deep_R, flow.load_R, flow.tokens_ER
+def _sound(flow: Flow, most: int) -> None:
+    """deep_R and the paths out, after a push that left some excess: backwards from the ranks with room."""
+    deep_R, load_R, tokens_ER, queue_R = flow.deep_R, flow.load_R, flow.tokens_ER, flow.queue_R
+    head, tail = 0, 0
     for r in range(load_R.size):
-        wide_R[r] = max(0, load_R[r] - most)
         deep_R[r] = max(0, most - load_R[r])
-    grows = True
-    while grows:
-        grows = False
-        for r in range(load_R.size):
-            brings = flow.seen_R[r] == 1
-            if not brings and load_R[r] < most:
-                continue
-            for i in range(flow.on_R[r]):
-                e = flow.on_RX[r, i]
-                here = tokens_ER[e, r]
-                if flow.at_E[e] == 1 or here == 0:
-                    continue
-                for j in range(flow.at_E[e]):
-                    other = flow.at_EH[e, j]
-                    if brings:
-                        amount = min(here, wide_R[r])
-                        if load_R[other] <= most and amount > wide_R[other]:
-                            wide_R[other] = amount
-                            grows = True
-                    else:
-                        amount = min(here, deep_R[other])
-                        if amount > deep_R[r]:
-                            deep_R[r] = amount
-                            grows = True
+        if load_R[r] < most:
+            flow.to_rank_R[r] = r
+            queue_R[tail] = r
+            tail += 1
+    while head < tail:
+        r = queue_R[head]
+        head += 1
+        for i in range(flow.on_R[r]):
+            e = flow.on_RX[r, i]
+            for j in range(flow.at_E[e]):
+                other = flow.at_EH[e, j]
+                if deep_R[other] == 0 and tokens_ER[e, other] > 0:
+                    deep_R[other] = min(deep_R[r], tokens_ER[e, other])
+                    flow.to_expert_R[other] = e
+                    flow.to_rank_R[other] = r
+                    queue_R[tail] = other
+                    tail += 1
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _worth(given: Layer, e: int, r: int) -> int:
     """Tokens that a copy of e on r would take off e's home in the micro-steps ahead, each counting half the last."""
     total = 0
@@ -274,7 +328,7 @@ def _worth(given: Layer, e: int, r: int) -> int:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, int]:
     """The slot of rank r to be taken next and what its copy computes: empty, idle and worth least, computing least.
 
@@ -292,169 +346,141 @@ def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, in
     return slot, loss
 
 
-@njit(cache=True)
-def _choose(flow: Flow, given: Layer, replicas_RS: Array, across: bool) -> int:
-    """For each rank the copy that drains most there, less what its slot computes now: `picks_RP`; the most of all.
-
-    picks_RP [ranks, 4]: gain, expert, from rank, slot. across: copies from another node, or only from the own one.
-    """
-    ranks = given.slots_R.size
-    one_node = given.nodes_R[ranks - 1] == given.nodes_R[0]
-    most = 0
-    if across and one_node:
-        return most
-    off_R = flow.queue_R  # what one expert can take off each rank at most
-    for u in range(ranks):
-        off_R[u] = 0
-        for i in range(flow.on_R[u]):
-            off_R[u] = max(off_R[u], min(flow.wide_R[u], flow.tokens_ER[flow.on_RX[u, i], u]))
-    for r in range(ranks):
-        flow.picks_RP[r, 0] = 0
-        if flow.seen_R[r] == 1 or flow.deep_R[r] < given.least_gain or flow.deep_R[r] * 2 < most:
-            continue
-        slot, loss = _slot(flow, given, replicas_RS, r)
-        if slot < 0:
-            continue
-        best, best_worth = given.least_gain, -1
-        pick = flow.picks_RP[r]
-        for u in range(ranks):
-            limit = min(flow.deep_R[r] + loss, off_R[u])
-            if limit - loss < best:
-                continue
-            for i in range(flow.on_R[u]):
-                e = flow.on_RX[u, i]
-                gain = min(limit, flow.tokens_ER[e, u]) - loss
-                if gain < best or flow.held_ER[e, r] == 1 or (not one_node and across == _near(flow, given, e, r)):
-                    continue
-                worth = UNKNOWN
-                if gain == best:  # ties alone need to know what is ahead
-                    if best_worth == UNKNOWN:
-                        best_worth = _worth(given, pick[1], r)
-                    worth = _worth(given, e, r)
-                if gain > best or worth > best_worth:
-                    best, best_worth = gain, worth
-                    pick[0], pick[1], pick[2], pick[3] = gain, e, u, slot
-        most = max(most, flow.picks_RP[r, 0])
-    return most
-
-
-@njit(cache=True)
-def _bring_best(flow: Flow, given: Layer, replicas_RS: Array, most: int, first: int) -> None:
-    """Bring the best picks, as long as each still drains half of what the first did."""
-    while True:
-        r = 0
-        for other in range(given.slots_R.size):
-            if flow.picks_RP[other, 0] > flow.picks_RP[r, 0]:
-                r = other
-        gain, e, u, s = flow.picks_RP[r, 0], flow.picks_RP[r, 1], flow.picks_RP[r, 2], flow.picks_RP[r, 3]
-        if gain * 2 < max(first, 1):  # taken or none: zero
-            return
-        flow.picks_RP[r, 0] = 0
-        if flow.wide_R[u] * 2 < first or flow.tokens_ER[e, u] * 2 < first:
-            continue
-        _bring(flow, given, replicas_RS, e, r, s)
-        flow.wide_R[u] -= gain
-        amount = min(flow.tokens_ER[e, u], flow.load_R[u] - most, most - flow.load_R[r])
-        if amount > 0:
-            flow.tokens_ER[e, u] -= amount
-            flow.tokens_ER[e, r] += amount
-            flow.load_R[u] -= amount
-            flow.load_R[r] += amount
-
-
-@njit(cache=True)
-def _near(flow: Flow, given: Layer, e: int, r: int) -> bool:
-    """Is a holder of e in r's node?"""
+@njit(cache=True, forceinline=True)
+def _near(flow: Flow, e: int, begin: int, end: int) -> bool:
+    """Is a holder of e in this node?"""
     for j in range(flow.at_E[e]):  # noqa: SIM110 - numba compiles loops, not generators
-        if given.nodes_R[flow.at_EH[e, j]] == given.nodes_R[r]:
+        if begin <= flow.at_EH[e, j] < end:
             return True
     return False
 
 
 @njit(cache=True)
-def _bring(flow: Flow, given: Layer, replicas_RS: Array, e: int, r: int, s: int) -> None:
-    """A copy of e takes slot s of rank r."""
-    old = replicas_RS[r, s]
-    if old >= 0 and given.homes_E[old] != r:
-        remove(flow, given.homes_E, old, r)
-    replicas_RS[r, s] = e
-    add(flow, e, r)
+def _copy(flow: Flow, given: Layer, replicas_RS: Array, most: int, across: bool, batch: int) -> int:
+    """A batch of copies: to each rank, the deepest first, what drains most there, less what its slot computes now.
+
+    Node by node, as long as a copy drains a quarter of what the node's first one did. across: copies from another
+    node, or only from the own one. batch: how many at most; returned: how many were made.
+    """
+    wide_R, deep_R, tokens_ER = flow.wide_R, flow.deep_R, flow.tokens_ER
+    near_expert_P, near_rank_P, near_wide_P = flow.near_expert_P, flow.near_rank_P, flow.near_wide_P
+    n, made, end, ranks = 0, 0, 0, given.slots_R.size
+    for e in range(flow.at_E.size):
+        for j in range(flow.at_E[e]):
+            u = flow.at_EH[e, j]
+            flow.pick_expert_P[n], flow.pick_rank_P[n] = e, u
+            n += min(wide_R[u], tokens_ER[e, u]) >= given.least_gain
+    while end < ranks:
+        begin = end
+        while end < ranks and given.nodes_R[end] == given.nodes_R[begin]:
+            end += 1
+        near, least = 0, given.least_gain
+        if deep_R[begin:end].max() < least:
+            continue
+        for i in range(n):
+            e, u = flow.pick_expert_P[i], flow.pick_rank_P[i]
+            near_expert_P[near], near_rank_P[near], near_wide_P[near] = e, u, min(wide_R[u], tokens_ER[e, u])
+            near += end - begin == ranks or across != _near(flow, e, begin, end)
+        while made < batch:
+            r = begin
+            for other in range(begin + 1, end):
+                r = other if deep_R[other] > deep_R[r] else r
+            if deep_R[r] < least:
+                break
+            deep = _outgoing(flow, most, r)
+            if deep < deep_R[r]:  # copies made before took some of it
+                deep_R[r] = deep
+                continue
+            deep = deep_R[r]
+            deep_R[r] = 0
+            slot, loss = _slot(flow, given, replicas_RS, r)
+            if slot < 0:
+                continue
+            best, best_worth, pick, widest = least - 1, -1, -1, 0
+            for i in range(near):
+                wide = near_wide_P[i]
+                widest = max(widest, wide)
+                gain = min(deep, wide - loss)
+                e = near_expert_P[i]
+                if gain < best or tokens_ER[e, r] >= 0 or gain < least:
+                    continue
+                worth = -1
+                if gain == best:  # ties alone need to know what is ahead
+                    if best_worth < 0:
+                        chosen = near_expert_P[pick]
+                        best_worth = _worth(given, chosen, r) + tokens_ER[chosen, near_rank_P[pick]]
+                    worth = _worth(given, e, r) + tokens_ER[e, near_rank_P[i]]
+                if gain > best or worth > best_worth:
+                    best, best_worth, pick = gain, worth, i
+            if widest < least:
+                break
+            if pick < 0:
+                continue
+            e, u = near_expert_P[pick], near_rank_P[pick]
+            wide = _incoming(flow, most, u)
+            if wide >= wide_R[u]:
+                old = replicas_RS[r, slot]
+                if old >= 0 and given.homes_E[old] != r:
+                    _remove(flow, old, r)
+                replicas_RS[r, slot] = e
+                _add(flow, e, r)
+                made += 1
+                least = max(least, (best + 3) // 4)
+                if loss > 0:
+                    flow.to_rank_R[r] = r
+                amount = min(_incoming(flow, most, u), tokens_ER[e, u], _outgoing(flow, most, r))
+                if amount > 0:
+                    _draw(flow, u, amount)
+                    _shift(flow, e, u, r, amount)
+                    _pass(flow, r, min(amount, max(0, _outgoing(flow, most, r))))
+                wide = _incoming(flow, most, u)
+                deep_R[r] = max(0, _outgoing(flow, most, r)) if loss == 0 else 0
+                if wide <= 0 and deep_R[r] > 0 and flow.load_R[u] >= most:
+                    deep_R[u] = min(deep_R[r], tokens_ER[e, u])
+                    flow.to_expert_R[u] = e
+                    flow.to_rank_R[u] = r
+            else:
+                deep_R[r] = deep
+            wide_R[u] = max(0, wide)
+            for i in range(near):
+                if near_rank_P[i] == u:
+                    near_wide_P[i] = min(wide_R[u], tokens_ER[near_expert_P[i], u])
+    return made
 
 
 @njit(cache=True)
-def improve(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
+def improve(flow: Flow, most: int, given: Layer, replicas_RS: Array, batch: int) -> None:
     """Put copies into `replicas_RS` until no rank is over `most`, or the excess falls no more."""
     before = FAR
+    pour(flow, most)
     while True:
         excess = push(flow, most)
         if excess == 0 or excess >= before:
             return
         before = excess
-        _measure(flow, most)
-        gain = _choose(flow, given, replicas_RS, False)
-        if gain == 0:
-            gain = _choose(flow, given, replicas_RS, True)
-        if gain == 0:
+        _sound(flow, most)
+        if _copy(flow, given, replicas_RS, most, False, batch) > 0:
+            continue
+        if given.nodes_R[-1] == given.nodes_R[0]:
             return
-        _bring_best(flow, given, replicas_RS, most, gain)
-
-
-@njit(cache=True)
-def rough(flow: Flow, most: int, given: Layer, replicas_RS: Array) -> None:
-    """The large copies first, node by node, straight from the hottest rank to the coldest that has a slot to spare.
-
-    In each node as long as a copy takes off half of what the node's first one did.
-    """
-    load_R, ranks = flow.load_R, given.slots_R.size
-    begin = 0
-    while begin < ranks:
-        end = begin + 1
-        while end < ranks and given.nodes_R[end] == given.nodes_R[begin]:
-            end += 1
-        first = 0
-        while True:
-            hot, cold, slot = begin, -1, -1
-            for r in range(begin, end):
-                if load_R[r] > load_R[hot]:
-                    hot = r
-            if load_R[hot] <= most:
-                break
-            for r in range(begin, end):
-                if load_R[r] < most and (cold < 0 or load_R[r] < load_R[cold]):
-                    s, loss = _slot(flow, given, replicas_RS, r)
-                    if s >= 0 and loss == 0:
-                        cold, slot = r, s
-            if cold < 0:
-                break
-            want = min(load_R[hot] - most, most - load_R[cold])
-            chosen, amount, best_worth = -1, 0, -1
-            for i in range(flow.on_R[hot]):
-                e = flow.on_RX[hot, i]
-                some = min(want, flow.tokens_ER[e, hot])
-                if some < max(amount, 1) or flow.held_ER[e, cold] == 1:
-                    continue
-                worth = _worth(given, e, cold)
-                if some > amount or worth > best_worth:
-                    chosen, amount, best_worth = e, some, worth
-            first = max(first, amount)
-            if amount < given.least_gain or amount * 2 < first:
-                break
-            _bring(flow, given, replicas_RS, chosen, cold, slot)
-            flow.tokens_ER[chosen, hot] -= amount
-            flow.tokens_ER[chosen, cold] += amount
-            load_R[hot] -= amount
-            load_R[cold] += amount
-        begin = end
+        _sound(flow, most)
+        if _copy(flow, given, replicas_RS, most, True, batch) == 0:
+            return
 
 
 @njit(cache=True)
 def _keep(flow: Flow, slots_R: Array, previous_RS: Array, replicas_RS: Array) -> None:
     """Copies that compute something: in the slot they had, else in the first that is free; old copies in the rest."""
     for r in range(slots_R.size):
+        same = True
+        for s in range(slots_R[r]):
+            same &= replicas_RS[r, s] == previous_RS[r, s]
+        if same:
+            continue
         active = replicas_RS[r].copy()
         replicas_RS[r] = previous_RS[r]
         for i in range(active.size):
-            if active[i] >= 0 and flow.tokens_ER[active[i], r] == 0:
+            if active[i] >= 0 and flow.tokens_ER[active[i], r] <= 0:
                 active[i] = -1
         for pick in range(3):  # what stays; then into empty slots; then over idle copies
             for i in range(active.size):
@@ -464,7 +490,7 @@ def _keep(flow: Flow, slots_R: Array, previous_RS: Array, replicas_RS: Array) ->
                     old = replicas_RS[r, s]
                     fits = old == active[i] if pick == 0 else old < 0
                     if pick == 2 and old >= 0:
-                        fits = flow.tokens_ER[old, r] == 0
+                        fits = flow.tokens_ER[old, r] <= 0
                     if fits:
                         replicas_RS[r, s] = active[i]
                         active[i] = -1
@@ -485,9 +511,7 @@ def _place_layer(
         if attempt % 2 == 1:
             trial_RS[:] = -1
         lay(flow, load_E, given.homes_E, given.bias_R, trial_RS)
-        if attempt < 2 and push(flow, least) > 0:
-            rough(flow, least, given, trial_RS)
-        improve(flow, least, given, trial_RS)
+        improve(flow, least, given, trial_RS, FAR if attempt < 2 else 1)
         most = exact(flow, ranks, proof)
         if most < lowest:
             lowest = most
@@ -501,7 +525,6 @@ def _place_layer(
 
 @njit(cache=True)
 def place(
-    flow: Flow,
     load_LE: Array,
     ranks: int,
     homes_LE: Array,
@@ -523,9 +546,10 @@ def place(
     """
     layers, experts = load_LE.shape
     horizon = ahead_LHE.shape[1]
+    flow = flow_of(experts, slots_R.size, previous_LRS.shape[2])
     spill_EH = np.empty((experts, horizon), dtype=np.int64)
     room_RH = np.empty((slots_R.size, horizon), dtype=np.int64)
-    shares = np.empty((layers * (experts + slots_R.sum()), 4), dtype=np.int64)
+    shares = np.empty((layers * (experts + slots_R.sum()) + 1, 4), dtype=np.int64)
     n = 0
     for layer in range(layers):
         for h in range(horizon):
@@ -540,8 +564,12 @@ def place(
         _place_layer(flow, load_LE[layer], ranks, given, previous_LRS[layer], replicas_LRS[layer], proof)
         most_L[layer] = (flow.load_R - bias_LR[layer]).max()
         for e in range(experts):
-            for r in range(slots_R.size):
-                if flow.tokens_ER[e, r] > 0:
+            if flow.at_E[e] == 1:
+                home = flow.at_EH[e, 0]
+                shares[n, 0], shares[n, 1], shares[n, 2], shares[n, 3] = layer, e, home, flow.tokens_ER[e, home]
+                n += flow.tokens_ER[e, home] > 0
+            else:
+                for r in range(slots_R.size):
                     shares[n, 0], shares[n, 1], shares[n, 2], shares[n, 3] = layer, e, r, flow.tokens_ER[e, r]
-                    n += 1
+                    n += flow.tokens_ER[e, r] > 0
     return shares[:n]

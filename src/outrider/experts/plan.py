@@ -48,10 +48,11 @@ def contiguous_homes(experts: int, ranks: int, excluded: Sequence[int] = ()) -> 
 
     excluded  ranks that hold nothing. CallerError where none is left.
     """
-    open_ranks = np.setdiff1d(np.arange(ranks, dtype=np.int64), np.asarray(excluded, dtype=np.int64))
+    open_ranks = np.array([rank for rank in range(ranks) if rank not in excluded], dtype=np.int64)
     if not len(open_ranks):
         raise CallerError(f"excluded: all {ranks} ranks are. Leave one that may hold experts.")
-    homes_E: Array = open_ranks[np.sort(np.arange(experts, dtype=np.int64) % len(open_ranks))]
+    each, over = divmod(experts, len(open_ranks))
+    homes_E: Array = np.repeat(open_ranks, each + (np.arange(len(open_ranks)) < over))
     return homes_E
 
 
@@ -94,7 +95,8 @@ def plan(
     if previous_LRS is None:
         previous_LRS = np.full((layers, ranks, width), -1, dtype=np.int64)
     previous_LRS = np.ascontiguousarray(previous_LRS, dtype=np.int64)  # one type, one layout: compiled once
-    load_LE = counts_LRE.sum(axis=1, dtype=np.int64)
+    counts_LRE = np.ascontiguousarray(counts_LRE, dtype=np.int64)
+    load_LE, cells, least = quotas.tally(counts_LRE)
     ahead_LHE = np.zeros((layers, 0, experts), dtype=np.int64)
     if ahead_HLE is not None:
         ahead_LHE = np.ascontiguousarray(ahead_HLE.transpose(1, 0, 2), dtype=np.int64)
@@ -102,12 +104,11 @@ def plan(
     if bias_LR is not None:
         bias_given_LR[:] = bias_LR
         bias_given_LR[:, list(excluded)] = 0  # they carry nothing, so that they are neither slow nor fast
-    _check(load_LE, int(counts_LRE.min(initial=0)), ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
+    _check(load_LE, least, ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
 
     replicas_LRS, most_L = np.empty_like(previous_LRS), np.empty(layers, dtype=np.int64)
     proof_LE, proof_LR = np.empty((layers, experts), dtype=np.int64), np.empty((layers, ranks), dtype=np.int64)
     shares = kernels.place(
-        kernels.flow_of(experts, ranks, width),
         load_LE,
         ranks - len(set(excluded)),
         homes_LE,
@@ -123,13 +124,12 @@ def plan(
         proof_LR,
     )
     proof_LR[:, list(excluded)] = 0  # where all ranks are the certificate, those that may compute are meant
-    counts_LRE = np.ascontiguousarray(counts_LRE, dtype=np.int64)
-    rows: Any = np.empty((np.count_nonzero(counts_LRE) + 2 * len(shares), 5), dtype=np.int32)
+    rows: Any = np.empty((cells + 2 * len(shares) + 1, 5), dtype=np.int32)
     rows = rows[: quotas.fill(rows, counts_LRE, shares, nodes_R)]
     bad = quotas.recount(rows, counts_LRE, homes_LE, replicas_LRS, most_L)
     if bad >= 0:
         raise LawBroken(6, f"quota row {bad} of {len(rows)} does not come out: {rows[bad : bad + 1].tolist()}")
-    moves = moved(replicas_LRS, previous_LRS, homes_LE)
+    moves = quotas.moved(replicas_LRS, previous_LRS, homes_LE)
     return Plan(replicas_LRS, rows, moves, most_L, proof_LE, proof_LR)
 
 
@@ -140,7 +140,8 @@ def slots_of(slots: int | Sequence[int], ranks: int, excluded: Sequence[int] = (
         raise CallerError(f"slots: {slots} for {ranks} ranks. Give one number, 0 or more, or one for each rank.")
     if any(not 0 <= rank < ranks for rank in excluded):
         raise CallerError(f"excluded: {list(excluded)} with {ranks} ranks. Give ranks from 0 to {ranks - 1}.")
-    slots_R = np.broadcast_to(given, (ranks,)).copy()
+    slots_R = np.empty(ranks, dtype=np.int64)
+    slots_R[:] = given
     slots_R[list(excluded)] = 0
     return slots_R
 
@@ -151,17 +152,12 @@ def homes_of(homes: Array | None, layers: int, experts: int, ranks: int, exclude
         homes = contiguous_homes(experts, ranks, excluded)
     if homes.shape not in ((experts,), (layers, experts)):
         raise CallerError(f"homes: shape {homes.shape}. Give [{experts}] or [{layers}, {experts}].")
-    homes_LE = np.ascontiguousarray(np.broadcast_to(homes, (layers, experts)), dtype=np.int64)
-    if experts and (homes_LE.min() < 0 or homes_LE.max() >= ranks or np.isin(homes_LE, list(excluded)).any()):
+    homes_LE = np.empty((layers, experts), dtype=np.int64)
+    homes_LE[:] = homes
+    closed = bool(excluded) and np.isin(homes_LE, list(excluded)).any()
+    if experts and (closed or homes_LE.min() < 0 or homes_LE.max() >= ranks):
         raise CallerError(f"homes: an expert lives on no open rank of 0 to {ranks - 1}. Give each a home there.")
     return homes_LE
-
-
-def moved(replicas_LRS: Array, previous_LRS: Array, homes_LE: Array) -> Array:
-    """moves [n, 5]: layer, expert, src, dst, slot of every copy that was not in that slot before."""
-    layer, dst, slot = np.nonzero((replicas_LRS != previous_LRS) & (replicas_LRS >= 0))
-    expert = replicas_LRS[layer, dst, slot]
-    return np.stack([layer, expert, homes_LE[layer, expert], dst, slot], axis=1)
 
 
 def _check(

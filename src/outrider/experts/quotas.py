@@ -5,10 +5,28 @@ links: costs are nested (rank < node < world), so a greedy is optimal for each e
 again from the rows alone and trusts nothing that led to them. Compiled, as kernels.py is.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 from outrider.experts.events import Array
+
+
+@njit(cache=True)
+def tally(counts_LRE: Array) -> tuple[Array, int, int]:
+    """load_LE over all sources; how many cells have tokens; the least cell, or 0."""
+    layers, ranks, experts = counts_LRE.shape
+    load_LE = np.zeros((layers, experts), dtype=np.int64)
+    cells, least = 0, 0
+    for layer in range(layers):
+        for q in range(ranks):
+            for e in range(experts):
+                tokens = counts_LRE[layer, q, e]
+                load_LE[layer, e] += tokens
+                cells += tokens > 0
+                least = min(least, tokens)
+    return load_LE, cells, least
 
 
 @njit(cache=True)
@@ -17,7 +35,7 @@ def spread(counts_LRE: Array, shares: Array, nodes_R: Array) -> Array:
 
     shares [m, 4]  layer, expert, rank, tokens, sorted; they add up to the counts of each layer and expert
     """
-    rows = np.empty((np.count_nonzero(counts_LRE) + len(shares) * 2, 5), dtype=np.int64)
+    rows = np.empty((np.count_nonzero(counts_LRE) + len(shares) * 2 + 1, 5), dtype=np.int64)
     return rows[: fill(rows, counts_LRE, shares, nodes_R)]
 
 
@@ -25,92 +43,107 @@ def spread(counts_LRE: Array, shares: Array, nodes_R: Array) -> Array:
 def fill(rows: Array, counts_LRE: Array, shares: Array, nodes_R: Array) -> int:
     """Write what `spread` returns into the first of `rows`; how many they are.
 
-    Room for one row a (layer, source, expert) with tokens and two a share is enough. Rows of 32 bits are twice as
-    quick: fresh memory costs more than what is computed here.
+    Room for one row a (layer, source, expert) with tokens, two a share and a last one is enough: each row is written,
+    and counted then if it has tokens. Rows of 32 bits are twice as quick: fresh memory costs more than the sums.
     """
     ranks = counts_LRE.shape[1]
-    split = np.zeros((ranks, ranks), dtype=np.int64)  # [source, which holder]
-    left_R = np.empty(ranks, dtype=np.int64)
-    n, begin = 0, 0
+    one_node = nodes_R[0] == nodes_R[ranks - 1]
+    split = np.zeros((ranks, ranks), dtype=np.int64)  # [which holder, source]
+    left_R, room = np.empty(ranks, dtype=np.int64), np.empty(ranks, dtype=np.int64)
+    begin = 0
+    n: Any = np.uintp(0)  # unsigned: no negative index to look for
     while begin < len(shares):
-        layer, e = np.uintp(shares[begin, 0]), np.uintp(shares[begin, 1])  # unsigned: no negative index to look for
+        layer, e = np.uintp(shares[begin, 0]), np.uintp(shares[begin, 1])
         end = begin + 1
-        while end < len(shares) and shares[end, 0] == shares[begin, 0] and shares[end, 1] == shares[begin, 1]:
+        while end < len(shares) and shares[end, 1] == shares[begin, 1] and shares[end, 0] == shares[begin, 0]:
             end += 1
         if end == begin + 1:
             for q in range(ranks):
                 tokens = counts_LRE[layer, q, e]
-                if tokens > 0:
-                    at = np.uintp(n)
-                    rows[at, 0], rows[at, 1], rows[at, 2], rows[at, 3] = layer, e, q, shares[begin, 2]
-                    rows[at, 4] = tokens
-                    n += 1
+                rows[n, 0], rows[n, 1], rows[n, 2], rows[n, 3] = layer, e, q, shares[begin, 2]
+                rows[n, 4] = tokens
+                n += np.uintp(tokens > 0)
         else:
             left_R[:] = counts_LRE[layer, :, e]
-            room = shares[begin:end, 3].copy()
+            room[: end - begin] = shares[begin:end, 3]
             for reach in range(3):  # the rank itself, its node, everywhere
-                for q in range(ranks):
-                    for j in range(end - begin):
-                        if left_R[q] == 0:
-                            break
-                        r = shares[begin + j, 2]
-                        near = r == q if reach == 0 else reach == 2 or nodes_R[r] == nodes_R[q]
-                        if near and room[j] > 0:
-                            some = min(left_R[q], room[j])
-                            split[q, j] += some
-                            left_R[q] -= some
-                            room[j] -= some
+                if reach == 1 and one_node:
+                    continue
+                for j in range(end - begin):
+                    r, free = shares[begin + j, 2], room[j]
+                    for q in range(r, r + 1) if reach == 0 else range(ranks):
+                        some = min(left_R[q], free) if reach != 1 or nodes_R[q] == nodes_R[r] else 0
+                        split[j, q] += some
+                        left_R[q] -= some
+                        free -= some
+                    room[j] = free
             for q in range(ranks):
                 for j in range(end - begin):
-                    if split[q, j] > 0:
-                        at = np.uintp(n)
-                        rows[at, 0], rows[at, 1], rows[at, 2], rows[at, 3] = layer, e, q, shares[begin + j, 2]
-                        rows[at, 4] = split[q, j]
-                        split[q, j] = 0
-                        n += 1
+                    rows[n, 0], rows[n, 1], rows[n, 2], rows[n, 3] = layer, e, q, shares[begin + j, 2]
+                    rows[n, 4] = split[j, q]
+                    n += np.uintp(split[j, q] > 0)
+                    split[j, q] = 0
         begin = end
-    return n
+    return int(n)
 
 
 @njit(cache=True)
-def recount(rows: Array, counts_LRE: Array, homes_LE: Array, replicas_LRS: Array, most_L: Array) -> int:
+def recount(rows: Array, counts_LRE: Array, homes_LE: Array, replicas_LRS: Array, most_L: Array) -> np.int64:
     """Index of the first row that breaks a law, len(rows) if a sum does not come out, -1 if all is well.
 
     Laws: sorted rows of positive tokens; every rank holds what it computes; tokens of each (layer, source, expert)
-    equal the counts, of which none is negative; the largest load of each layer is most_L.
+    equal the counts, so that none of these is negative; the largest load of each layer is most_L.
     """
     layers, ranks, experts = counts_LRE.shape
-    load_R = np.zeros(ranks, dtype=np.int64)
-    i = 0
+    all_ranks, all_experts = np.uintp(ranks), np.uintp(experts)
+    load_R = np.empty(ranks, dtype=np.int64)
+    sent_RE = np.empty((ranks, experts), dtype=np.int64)
+    holds_ER = np.empty((experts, ranks), dtype=np.bool_)
+    i: Any = np.uintp(0)
+    n = np.uintp(len(rows))
     for layer in range(layers):
         load_R[:] = 0
-        last, last_rank, left, seen = -1, -1, 0, 0
-        while i < len(rows) and rows[i, 0] == layer:
-            row = np.uintp(i)  # unsigned: numba looks for negative indices otherwise
-            e, q, r, tokens = rows[row, 1], rows[row, 2], rows[row, 3], rows[row, 4]
-            if tokens <= 0 or min(e, q, r) < 0 or e >= experts or max(q, r) >= ranks:
-                return i
-            cell = e * ranks + q
-            at_e, at_r = np.uintp(e), np.uintp(r)
-            if cell != last:
-                if left != 0:
-                    return len(rows)
-                if cell < last:
-                    return i
-                last, last_rank, left = cell, -1, counts_LRE[layer, np.uintp(q), at_e]
-            if r <= last_rank:
-                return i
-            if homes_LE[layer, at_e] != r:
-                held = False
-                for s in range(replicas_LRS.shape[2]):
-                    held |= replicas_LRS[layer, at_r, s] == e
-                if not held:
-                    return i
-            last_rank = r
-            left -= tokens
-            seen += tokens
-            load_R[at_r] += tokens
-            i += 1
-        if left != 0 or seen != counts_LRE[layer].sum() or load_R.max() != most_L[layer]:
-            return len(rows)
-    return -1 if i == len(rows) else i
+        sent_RE[:] = 0
+        holds_ER[:] = False
+        for e in range(experts):
+            holds_ER[e, homes_LE[layer, e]] = True
+        for r in range(ranks):
+            for e in replicas_LRS[layer, r]:
+                if e >= 0:
+                    holds_ER[e, r] = True
+        key: Any = np.uintp(0)  # what the next row's is at least
+        while i < n and rows[i, 0] == layer:
+            expert, source = np.uintp(rows[i, 1]), np.uintp(rows[i, 2])  # negative: above all limits
+            rank, tokens = np.uintp(rows[i, 3]), rows[i, 4]
+            at = (expert * all_ranks + source) * all_ranks + rank
+            if expert >= all_experts or source >= all_ranks or rank >= all_ranks or at < key or tokens <= 0:
+                return np.int64(i)
+            if not holds_ER[expert, rank]:
+                return np.int64(i)
+            key = at + np.uintp(1)
+            sent_RE[source, expert] += tokens
+            load_R[rank] += tokens
+            i += np.uintp(1)
+        off = 0
+        for q in range(ranks):
+            for e in range(experts):
+                off |= sent_RE[q, e] ^ counts_LRE[layer, q, e]
+        if off != 0 or load_R.max() != most_L[layer]:
+            return np.int64(n)
+    return np.int64(-1) if i == n else np.int64(i)
+
+
+@njit(cache=True)
+def moved(replicas_LRS: Array, previous_LRS: Array, homes_LE: Array) -> Array:
+    """moves [n, 5]: layer, expert, src, dst, slot of every copy that was not in that slot before."""
+    moves = np.empty((np.count_nonzero(replicas_LRS != previous_LRS), 5), dtype=np.int64)
+    layers, ranks, slots = replicas_LRS.shape
+    n = 0
+    for layer in range(layers):
+        for r in range(ranks):
+            for s in range(slots):
+                e = replicas_LRS[layer, r, s]
+                if e >= 0 and e != previous_LRS[layer, r, s]:
+                    moves[n] = layer, e, homes_LE[layer, e], r, s
+                    n += 1
+    return moves[:n]

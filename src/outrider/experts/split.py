@@ -41,5 +41,5 @@ def split(load_E: Array, homes_E: Array, replicas_RS: Array) -> Split:
     kernels.lay(flow, load_E, homes_E, np.zeros(ranks, dtype=np.int64), replicas_RS)
     proof_E, proof_R = np.empty(len(load_E), dtype=np.int64), np.empty(ranks, dtype=np.int64)
     most = kernels.exact(flow, ranks, kernels.Proof(proof_E, proof_R))
-    expert, rank = np.nonzero(flow.held_ER)
+    expert, rank = np.nonzero(flow.tokens_ER >= 0)
     return Split(int(most), expert, rank, flow.tokens_ER[expert, rank].astype(np.int64), proof_E, proof_R)

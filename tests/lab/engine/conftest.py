@@ -59,11 +59,12 @@ def plain() -> Callable[[Path], Any]:
 
 @pytest.fixture(scope="session")
 def generate(plain: Callable[[Path], Any]) -> Callable[[Path, Sequence[int], int], list[int]]:
-    """What transformers generates greedily after the prompt."""
+    """What transformers generates greedily after the prompt, past any end of sequence."""
 
     def ask(folder: Path, prompt: Sequence[int], count: int) -> list[int]:
         ids = torch.tensor([list(prompt)])
-        out = plain(folder).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": -1}
+        out = plain(folder).generate(ids, attention_mask=torch.ones_like(ids), **options)
         return [int(token) for token in out[0, len(prompt) :]]
 
     return ask
