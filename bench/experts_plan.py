@@ -42,7 +42,7 @@ from outrider.lab.twins.experts import ExpertsTwin
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "bench/results/experts_plan.json"
-EXPERTS, RANKS, SLOTS, LAYERS, STEPS, ROUNDS = 128, 32, 2, 16, 8, 2
+EXPERTS, RANKS, SLOTS, LAYERS, STEPS, ROUNDS = 128, 32, 2, 16, 8, 4
 COPIES = EXPERTS + RANKS * SLOTS
 SEEDS, STUDY_RANKS, STUDY_NODE, STUDY_LAYERS = range(5), 64, 8, 2
 BASE = Cost(LINKS["nvlink"], SHAPES["qwen3-30b-a3b"])

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -84,10 +85,17 @@ def test_engines_are_needed_and_must_be_urls() -> None:
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     arguments = ("--port", "1025", "--kv-tokens", "1024")
-    assert_one_sentence(outrider("engine", "--model", str(tmp_path), *arguments), str(tmp_path))
-    assert_one_sentence(outrider("engine", "--model", str(tmp_path / "no"), *arguments), str(tmp_path / "no"))
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    assert_one_sentence(outrider("engine", "--model", str(tmp_path), *arguments), "BertModel")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    named = {
+        str(tmp_path): str(tmp_path),
+        str(tmp_path / "no"): str(tmp_path / "no"),
+        str(tmp_path / "bert"): "BertModel",
+    }
+    with ThreadPoolExecutor() as side_by_side:
+        said = side_by_side.map(lambda model: outrider("engine", "--model", model, *arguments), named)
+        for done, name in zip(said, named.values(), strict=True):
+            assert_one_sentence(done, name)
 
 
 def test_wrong_tiers(tmp_path: Path) -> None:
@@ -109,8 +117,7 @@ def test_usage_errors_exit_with_2() -> None:
 @pytest.mark.parametrize(
     ("signum", "act", "children"),
     [
-        (signal.SIGINT, "outrider/agents.jsonl", 4),  # two engines, a gateway and a memory server
-        (signal.SIGTERM, "outrider/agents.jsonl", 4),
+        (signal.SIGTERM, "outrider/agents.jsonl", 4),  # two engines, a gateway and a memory server
         (signal.SIGINT, "experts/rollout-engine.log", 1),
         (signal.SIGINT, "experts/static/experts.0.jsonl", 0),
     ],
