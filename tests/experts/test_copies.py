@@ -37,6 +37,10 @@ def test_weights_in_gradients_out() -> None:
     assert (gradient == 300).all()
     with pytest.raises(LawBroken, match="does not hold it"):
         held.enter(1, 5)
+    with pytest.raises(LawBroken, match="cannot evict"):
+        fetch(held, 1, 6, 0)
+    held.returned()
+    fetch(held, 1, 6, 0)
     held.clear()
 
 
@@ -53,6 +57,7 @@ def test_no_gradient_is_lost_and_nothing_in_use_is_overwritten() -> None:
     with pytest.raises(LawBroken, match="owes a gradient"):
         held.clear()
     assert held.take_gradient(0, 3).sum() == 18
+    held.returned()
     fetch(held, 0, 4, 1)
     assert held.take_gradient(0, 4).sum() == 0, "it computed nothing"
 

@@ -1,7 +1,9 @@
 """The lane: in order, beside the caller, and what goes wrong on it is heard where somebody waits."""
 
+import gc
 import threading
 import time
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -64,3 +66,18 @@ def test_the_watchdog_says_where_the_lane_is() -> None:
     assert time.monotonic() - begin_s < 10
     gate.set()
     lane.close()
+
+
+def test_a_lane_that_nobody_holds_ends_and_keeps_nothing() -> None:
+    class Weights:
+        def job(self) -> None: ...
+
+    lane, held = Lane(CPU, 10.0), Weights()
+    lane.wait(lane.put("a job", held.job))
+    thread, there = lane._thread, weakref.ref(held)
+    assert thread is not None
+    del lane, held
+    gc.collect()
+    thread.join(timeout=10.0)
+    assert not thread.is_alive()
+    assert there() is None

@@ -118,8 +118,10 @@ class Shadow:
         for command in commands:
             match command:
                 case Share(rows):
-                    for layer, expert, home, node in rows.tolist():
+                    for layer, expert, home, node, rank in rows.tolist():
                         assert self.homes[layer, expert] == home
+                        assert self.shape.nodes[rank] == node
+                        assert (rank == home) == (self.shape.nodes[home] == node)
                         assert (node, layer, expert) not in self.shared, "put there twice"
                         self.shared.add((node, layer, expert))
                 case Relocate(rows, homes_LE):

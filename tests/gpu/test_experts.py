@@ -70,6 +70,7 @@ def test_a_copy_pulled_by_the_lane_computes_and_learns_as_at_home(device: torch.
     gradients: dict[int, Tensor] = {}
     lane.put("gradients", lambda: gradients.update({expert: copies.take_gradient(0, expert) for expert in (2, 3)}))
     lane.drain()
+    copies.returned()
     for expert in range(EXPERTS):
         flat = torch.cat([p.grad[expert].reshape(-1) for p in alone.parameters() if p.grad is not None])
         mine = [p.grad[expert].reshape(-1) for p in bank.parameters() if p.grad is not None and expert < 2]

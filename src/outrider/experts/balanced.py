@@ -148,7 +148,11 @@ class Balanced:
         into_optimizer(optimizer, self.blocks, state)
 
     def close(self) -> None:
-        """Let go of threads, of shared memory and of the journal."""
+        """Let go of threads, of shared memory and of the journal.
+
+        The process groups stay: torch names a new group by how many there are, and one that takes an old one's name
+        would find its addresses in the store.
+        """
         self.mover.close()
 
     def _check_between(self, what: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from outrider.errors import CallerError, LawBroken
@@ -171,10 +172,11 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, bank: Bank, runs: list[tuple[int, int]]) -> Tensor:
+        results, begin, computed_in = torch.empty_like(rows), 0, _computed_in(rows)
+        rows = rows.to(computed_in)
         hidden = rows.new_empty((len(rows), up.shape[1]))
-        results, begin = torch.empty_like(rows), 0
         for expert, n in runs:
-            gate_up, out = bank.weights(expert)
+            gate_up, out = (weight.to(computed_in) for weight in bank.weights(expert))
             some = slice(begin, begin + n)
             hidden[some] = F.linear(rows[some], gate_up)
             results[some] = F.linear(bank.inner(hidden[some]), out)
@@ -184,16 +186,17 @@ class _Experts(torch.autograd.Function):
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (rows, hidden), bank, runs = ctx.saved_tensors, ctx.bank, ctx.runs
         bank.enter_backward(ctx.batch)
         here = any(expert in bank.row_of for expert, _ in runs)
         home = [torch.zeros_like(p) if here and p.requires_grad else None for p in bank.parameters()]
-        back, begin = torch.empty_like(rows), 0
+        back, begin = torch.empty_like(gradients[0]), 0
         for expert, n in runs:
-            gate_up, down = bank.weights(expert)
+            gate_up, down = (weight.to(rows.dtype) for weight in bank.weights(expert))
             some = slice(begin, begin + n)
-            x, dy = rows[some], gradients[0][some]
+            x, dy = rows[some], gradients[0][some].to(rows.dtype)
             with torch.enable_grad():
                 h = hidden[some].detach().requires_grad_()
                 inner = bank.inner(h)
@@ -214,7 +217,10 @@ class _Experts(torch.autograd.Function):
 
 
 class _Blocks(torch.autograd.Function):
-    """Experts in bitwise mode: each block alone, padded to its fixed size; weight gradients go to the bank's sums."""
+    """Experts in bitwise mode: each block alone, padded to its fixed size; weight gradients go to the bank's sums.
+
+    Products are of the weights' type, whatever autocast says.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bank: Bank, blocks: Blocks, leaves_E: list[int]) -> Tensor:
@@ -222,16 +228,16 @@ class _Blocks(torch.autograd.Function):
         ctx.bank, ctx.blocks, ctx.leaves_E, ctx.batch = bank, blocks, leaves_E, bank.batch
         results, begin = torch.empty_like(rows), 0
         for expert, mine in blocks.items():
-            gate_up, down = (
-                weight.clone() for weight in bank.weights(expert)
-            )  # alignment changes a product's bits too
+            gate_up, down = (weight.clone() for weight in bank.weights(expert))  # alignment changes bits too
             for _, size in mine:
-                x = _padded(rows[begin : begin + size], bank.block_rows)
-                results[begin : begin + size] = F.linear(bank.inner(F.linear(x, gate_up)), down)[:size]
+                x = _padded(rows[begin : begin + size], bank.block_rows, gate_up.dtype)
+                with _as_weights_are(x):
+                    results[begin : begin + size] = F.linear(bank.inner(F.linear(x, gate_up)), down)[:size]
                 begin += size
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (rows,), bank = ctx.saved_tensors, ctx.bank
         learns = bank.learns
@@ -241,12 +247,12 @@ class _Blocks(torch.autograd.Function):
         for expert, mine in ctx.blocks.items():
             gate_up, down = (weight.clone() for weight in bank.weights(expert))
             for number, size in mine:
-                x, dy = (_padded(t[begin : begin + size], bank.block_rows) for t in (rows, gradients[0]))
-                with torch.enable_grad():
+                x, dy = (_padded(t[begin : begin + size], bank.block_rows, down.dtype) for t in (rows, gradients[0]))
+                with torch.enable_grad(), _as_weights_are(x):
                     hidden = F.linear(x, gate_up).detach().requires_grad_()
                     inner = bank.inner(hidden)
                     (dhidden,) = torch.autograd.grad(inner, hidden, dy @ down)
-                back[begin : begin + size] = (dhidden @ gate_up)[:size]
+                    back[begin : begin + size] = (dhidden.detach() @ gate_up)[:size]
                 if learns:
                     parts = wide(dhidden).T @ wide(x), wide(dy).T @ wide(inner.detach())
                     bank.sums.add(expert, serial, 0, number, torch.cat([part.reshape(-1) for part in parts]))
@@ -258,7 +264,17 @@ class _Blocks(torch.autograd.Function):
         return back, None, None, None
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
-    whole = rows.new_zeros((length, rows.shape[1]))
+def _computed_in(rows: Tensor) -> torch.dtype:
+    """The type of products, as stock layers have it: that of autocast, in both passes, or that of the rows."""
+    kind = rows.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+
+
+def _as_weights_are(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _padded(rows: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    whole = rows.new_zeros((length, rows.shape[1]), dtype=dtype)
     whole[: len(rows)] = rows
     return whole

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.overrides import TorchFunctionMode
 
@@ -144,6 +145,7 @@ class _Linear(torch.autograd.Function):
         return product(rows, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         rows, weight = ctx.saved_tensors
         router, gradient = ctx.router, gradients[0]
@@ -164,6 +166,7 @@ class Dispatch(torch.autograd.Function):
         return tokens[order // top_k]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         by_slot = torch.empty_like(gradients[0])
         by_slot[ctx.order] = gradients[0]
@@ -186,6 +189,7 @@ class Combine(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor]:
         results, weights = ctx.saved_tensors
         gradient = gradients[0][:, None]

@@ -85,16 +85,22 @@ class Copies:
                     copy.turn("leave")
 
     def take_gradient(self, layer: int, expert: int) -> Tensor:
-        """A copy ends: its gradient, flat; zeros if it computed nothing."""
+        """A copy's gradient, flat, to be sent home; zeros if it computed nothing. `returned` ends it."""
         with self._lock:
             copy = self._held.pop((layer, expert))
             copy.turn("return")
-            self._in[copy.frame] = None
             gradient = self._gradients.pop(copy.frame, None)
-            copy.turn("end")
         if gradient is not None and gradient.is_cuda:  # compute made it, the lane's stream reads it
             gradient.record_stream(torch.cuda.current_stream(gradient.device))
         return torch.zeros_like(wide(self.frames[copy.frame])) if gradient is None else gradient
+
+    def returned(self) -> None:
+        """All gradients that were taken are home: their frames are free."""
+        with self._lock:
+            for copy in self._in:
+                if copy is not None and copy.state == "gradient return":
+                    copy.turn("end")
+                    self._in[copy.frame] = None
 
     def clear(self) -> None:
         """All copies are void. LawBroken if one owes a gradient."""

@@ -102,7 +102,10 @@ class Relocate(msgspec.Struct, frozen=True, tag=True, eq=False):
 
 
 class Share(msgspec.Struct, frozen=True, tag=True, eq=False):
-    """rows [n, 4]: layer, expert, home, node whose shared memory takes it; sorted by (node, layer, expert)."""
+    """rows [n, 5]: layer, expert, home, node whose shared memory takes it, rank of that node that writes it there.
+
+    Sorted by (node, layer, expert).
+    """
 
     rows: Array
 
@@ -124,7 +127,7 @@ class Carry(msgspec.Struct, frozen=True, tag=True, eq=False):
 
 
 class Use(msgspec.Struct, frozen=True, tag=True, eq=False):
-    """quotas [n, 5]: layer, expert, source, rank, tokens. most_L: planned largest load.
+    """quotas [n, 5], int32: layer, expert, source, rank, tokens. most_L: planned largest load.
 
     visit     the pass's first
     expected  it is the pass that was fetched ahead for; else what is under way may have come for another turn

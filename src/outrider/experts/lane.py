@@ -8,6 +8,7 @@ lets its own stream wait: neither blocks the host. Whatever a job raises is rais
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from outrider.errors import WorldError
 
 Job = Callable[[], None]
+Entry = tuple[int, str, int, Job, Any]  # ticket, what, layer, job, CUDA: the event behind what compute had launched
 CLOSE_S = 1.0  # for a job under way
 
 
@@ -36,7 +38,8 @@ class Lane:
         self.watchdog_s, self.spans = watchdog_s, spans
         self._cuda: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ended: dict[int, Any] = {}  # CUDA: the event behind a job
-        self._jobs: queue.SimpleQueue[tuple[int, str, int, Job, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        weakref.finalize(self, self._jobs.put, None)
         self._turn = threading.Condition()
         self._put = self._done = 0
         self._doing: tuple[str, float] | None = None
@@ -47,7 +50,9 @@ class Lane:
         """Queue a job; its ticket. `what` names it to people; layer: whose turn it is for."""
         self._raise()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="outrider-experts-lane", daemon=True)
+            self._thread = threading.Thread(
+                target=_work, args=(self._jobs, weakref.ref(self)), name="outrider-experts-lane", daemon=True
+            )
             self._thread.start()
         self._put += 1
         launched = None
@@ -89,24 +94,24 @@ class Lane:
         if self._error is not None:
             raise self._error
 
-    def _run(self) -> None:
-        while (entry := self._jobs.get()) is not None:
-            ticket, what, layer, job, launched = entry
-            begin_s = time.perf_counter()
-            self._doing = what, time.monotonic()
-            try:
-                with torch.no_grad():
-                    self._on_stream(ticket, job, launched)
-            except BaseException as error:
-                with self._turn:
-                    self._error = error
-                    self._turn.notify_all()
-                return
-            if self.spans is not None:
-                self.spans.append(Span(what, layer, begin_s, time.perf_counter()))
+    def _do(self, ticket: int, what: str, layer: int, job: Job, launched: Any) -> bool:
+        """Whether it went well."""
+        begin_s = time.perf_counter()
+        self._doing = what, time.monotonic()
+        try:
+            with torch.no_grad():
+                self._on_stream(ticket, job, launched)
+        except BaseException as error:
             with self._turn:
-                self._done, self._doing = ticket, None
+                self._error = error
                 self._turn.notify_all()
+            return False
+        if self.spans is not None:
+            self.spans.append(Span(what, layer, begin_s, time.perf_counter()))
+        with self._turn:
+            self._done, self._doing = ticket, None
+            self._turn.notify_all()
+        return True
 
     def _on_stream(self, ticket: int, job: Job, launched: Any) -> None:
         if self._cuda is None:
@@ -119,3 +124,12 @@ class Lane:
             ended.record(self._cuda)
         with self._turn:  # who waits walks through these
             self._ended[ticket] = ended
+
+
+def _work(jobs: "queue.SimpleQueue[Entry | None]", lane_of: "weakref.ref[Lane]") -> None:
+    """The thread. It keeps no lane alive that nobody else holds, and ends with it."""
+    while (entry := jobs.get()) is not None:
+        lane = lane_of()
+        if lane is None or not lane._do(*entry):
+            return
+        del entry, lane

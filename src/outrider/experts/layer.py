@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from outrider.errors import CallerError
 from outrider.experts.bank import Bank, Blocks, inside_backward
@@ -262,6 +263,7 @@ class _AllToAll(torch.autograd.Function):
         return arrived
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         gradient = gradients[0]
         back = gradient.new_empty((sum(ctx.send), gradient.shape[1]))

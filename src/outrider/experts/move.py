@@ -344,20 +344,16 @@ class Mover:
             for layer, expert, src, _, _ in rows:
                 if src == self.rank:
                     self.copies.take_gradient(layer, expert)
-            return
-        hops = [(src, dst, layer, expert) for layer, expert, src, dst, _ in rows]
-        for layer, expert, src, flat in self.exchange.experts(hops, self.copies.take_gradient, self.exchange.wide):
-            self.blocks[layer].experts.keep_gradient(expert, src, flat)
+        else:
+            hops = [(src, dst, layer, expert) for layer, expert, src, dst, _ in rows]
+            for layer, expert, src, flat in self.exchange.experts(hops, self.copies.take_gradient, self.exchange.wide):
+                self.blocks[layer].experts.keep_gradient(expert, src, flat)
+        self.copies.returned()
 
     def _share(self, rows: Array) -> None:
         """Homes put experts into the shared memory of each node that pulls them; beyond theirs a rank there does it."""
         self.shared.begin(rows)
-        nodes_R = self.policy.settings.nodes
-        hops = []
-        for layer, expert, home, node in rows.tolist():
-            there = np.flatnonzero(nodes_R == node)
-            own = int((nodes_R[:home] == nodes_R[home]).sum())  # the home's number in its node: spreads the work
-            hops.append((home, home if nodes_R[home] == node else int(there[own % len(there)]), layer, expert))
+        hops = [(home, rank, layer, expert) for layer, expert, home, _, rank in rows.tolist()]
 
         def put() -> None:
             for _, _, layer, expert in (hop for hop in hops if hop[0] == hop[1] == self.rank):

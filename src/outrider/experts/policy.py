@@ -90,7 +90,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class MicroStep(msgspec.Struct, frozen=True, eq=False):
-    """What is known of one micro-batch. needs [n, 3]: layer, rank, expert of every copy that computes tokens."""
+    """What is known of one micro-batch. quotas as in Use; needs [n, 3]: layer, rank, expert of every copy used."""
 
     quotas: Array
     most_L: Array
@@ -181,8 +181,8 @@ class Policy:
             rows = np.column_stack([moved, self.homes_LE[at], homes_LE[at]])
             commands.append(Relocate(rows, homes_LE.astype(np.int64)))
         order = np.argsort(step * layers + layer, kind="stable")
-        rows = np.column_stack([layer, expert, source, rank, tokens])[order]
-        for m, some in enumerate(np.split(rows, np.searchsorted(step[order], np.arange(1, steps)))):
+        table: Array = np.column_stack([layer, expert, source, rank, tokens])[order].astype(np.int32)
+        for m, some in enumerate(np.split(table, np.searchsorted(step[order], np.arange(1, steps)))):
             self._steps.append(MicroStep(some, most_LM[:, m].astype(np.int64), self._needs(some, homes_LE)))
         self.homes_LE = homes_LE.astype(np.int64)  # last: a plan that is refused changes nothing
         return commands
@@ -255,26 +255,33 @@ class Policy:
         return ordered
 
     def _share(self) -> list[Command]:
-        """Experts that this step will pull out of shared memory: each once in every node that pulls it."""
+        """Experts that this step will pull out of shared memory: each once in every node that pulls it.
+
+        The home puts it into its own node's, and into another's the rank there that has the home's number in its node.
+        """
         if "host" not in (self.settings.recompute, self.settings.update) or not self.settings.slots:
             return []
         assert self.counts_MLRE is not None
-        nodes = self.settings.nodes
+        nodes, width = self.settings.nodes, self.settings.ranks_per_node or self.settings.ranks
         wanted = np.concatenate([self._step(m).needs for m in range(len(self.counts_MLRE))])
         rows = np.unique(np.column_stack([nodes[wanted[:, 1]], wanted[:, 0], wanted[:, 2]]), axis=0)
         homes = self.homes_LE[rows[:, 1], rows[:, 2]]
-        return [Share(np.column_stack([rows[:, 1], rows[:, 2], homes, rows[:, 0]]))]
+        return [Share(np.column_stack([rows[:, 1], rows[:, 2], homes, rows[:, 0], rows[:, 0] * width + homes % width]))]
 
     def _step(self, batch: int) -> MicroStep:
         """Micro-batches are planned one after another, as far as they are asked for."""
         while len(self._steps) <= batch:
             m = len(self._steps)
             step = plan(
-                self._counts(m), self.settings.slots, self.homes_LE, self.replicas_LRS, ahead_HLE=self._ahead(m)
+                self._counts(m),
+                self.settings.slots,
+                self.homes_LE,
+                self.replicas_LRS,
+                ahead_HLE=self._ahead(m),
+                ranks_per_node=self.settings.ranks_per_node or None,
             )
             self.replicas_LRS = step.replicas_LRS
-            quotas = step.quotas.astype(np.int64)
-            self._steps.append(MicroStep(quotas, step.most_L, self._needs(quotas, self.homes_LE)))
+            self._steps.append(MicroStep(step.quotas, step.most_L, self._needs(step.quotas, self.homes_LE)))
         return self._steps[batch]
 
     def _needs(self, quotas: Array, homes_LE: Array) -> Array:
@@ -302,10 +309,11 @@ class Policy:
         if shape.ring and shape.ring < shape.layers:
             raise CallerError(f"ring {shape.ring}: without foresight all layers' copies are held. Leave ring out.")
         one = slice(layer, layer + 1)
-        step = plan(counts_RE[None], shape.slots, self.homes_LE[one], self.replicas_LRS[one])
+        nodes = shape.ranks_per_node or None
+        step = plan(counts_RE[None], shape.slots, self.homes_LE[one], self.replicas_LRS[one], ranks_per_node=nodes)
         self.replicas_LRS = self.replicas_LRS.copy()
         self.replicas_LRS[layer] = step.replicas_LRS[0]
-        quotas = step.quotas.astype(np.int64)
+        quotas = step.quotas
         quotas[:, 0] = layer
         rows = self._refill(layer, self._needs(quotas, self.homes_LE), stage == "update")
         return [*([Carry(rows)] if len(rows) else []), UseLayer(layer, quotas, int(step.most_L[0]))]

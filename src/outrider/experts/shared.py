@@ -46,9 +46,9 @@ class Shared:
         return 0 if self._map is None else len(self._map)
 
     def begin(self, rows: Array) -> None:
-        """A new step, which shares these (layer, expert, home, node); all ranks call it. WorldError without room."""
+        """A new step, which with these rows of a Share; all ranks call it. WorldError where there is no room."""
         self.step += 1
-        mine = [(layer, expert) for layer, expert, _, node in rows.tolist() if node == self.node]
+        mine = [(layer, expert) for layer, expert, _, node, *_ in rows.tolist() if node == self.node]
         self._at = {key: i for i, key in enumerate(mine)}
         fullest = max((int((rows[:, 3] == node).sum()) for node in set(rows[:, 3].tolist())), default=0)
         if fullest > len(self._experts):  # the same for all ranks, so that all make room together

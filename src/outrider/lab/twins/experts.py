@@ -302,6 +302,7 @@ class ExpertsTwin:
         def at_home(parcels: Parcels) -> None:
             for (_, dst, layer, expert), tokens in parcels.items():
                 self._home_LE[layer, expert] += round(tokens) if dst == rank else 0
+            self.copies[rank].returned()
             over()
 
         name, what, size = (batch.after, batch.by, batch.kind), WORDS[batch.kind], self.cost.shape.expert_bytes
@@ -344,10 +345,7 @@ class ExpertsTwin:
         """Homes put experts into the shared memory of each node that pulls them; beyond theirs a rank there does it."""
         own, far = list[Hop](), list[Hop]()
         self._shared = {}
-        for layer, expert, home, node in rows.tolist():
-            there = np.flatnonzero(self.nodes_R == node)
-            number = int((self.nodes_R[:home] == self.nodes_R[home]).sum())
-            dst = home if self.nodes_R[home] == node else int(there[number % len(there)])
+        for layer, expert, home, node, dst in rows.tolist():
             (own if dst == home else far).append((home, dst, layer, expert))
             self._shared[node, layer, expert] = self._weights(layer, expert)
         size, what = self.cost.shape.expert_bytes, "weights into shared memory"

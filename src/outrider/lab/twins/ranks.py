@@ -72,7 +72,7 @@ def divided(quotas: Array, seen_LRE: Array, homes_LE: Array) -> Array:
 
     quotas [n, 5]  layer, expert, source, rank, tokens
     """
-    quotas = quotas[np.lexsort(quotas[:, 3::-1].T)]
+    quotas = quotas[np.lexsort(quotas[:, 3::-1].T)].astype(np.int64)
     layer, expert, source, _, tokens = quotas.T
     group = (layer * seen_LRE.shape[2] + expert) * seen_LRE.shape[1] + source
     upto = np.cumsum(tokens)
