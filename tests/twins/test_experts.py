@@ -31,7 +31,7 @@ from outrider.experts.events import (
     Planned,
     Ran,
 )
-from outrider.experts.exchange import ROUND_BYTES
+from outrider.experts.exchange import HOST_ROUND_BYTES
 from outrider.experts.schedule import StepPlan, assemble, with_homes
 from outrider.lab.clock import Clock
 from outrider.lab.twins.experts import ExpertsTwin
@@ -122,8 +122,9 @@ def test_one_frame_is_emptied_before_it_is_filled() -> None:
 def test_large_exchanges_go_in_rounds() -> None:
     """Both gradients in one exchange, 48 MB each: a round for each, and so a latency for each."""
     shape = Shape(2, 2_000_000)
-    found = one_layer(TWO, UPDATES, msgspec.structs.replace(COST, shape=shape, flop_s=12.0 * 2_000_000))
-    assert 2 * shape.expert_bytes > ROUND_BYTES
+    cost = msgspec.structs.replace(COST, shape=shape, flop_s=12.0 * 2_000_000)
+    found = one_layer(TWO, UPDATES, cost, host=Host(round_bytes=HOST_ROUND_BYTES))
+    assert 2 * shape.expert_bytes > HOST_ROUND_BYTES
     assert found.after_s == 2 * (0.5 + 2 * shape.expert_bytes / 4)
 
 

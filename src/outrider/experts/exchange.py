@@ -10,7 +10,8 @@ from torch import Tensor
 from outrider.experts.canonical import Key
 from outrider.experts.layer import SpreadBlock
 
-ROUND_BYTES = 24 << 20  # of a rank: beyond 32 MiB malloc takes fresh pages each time, which cost more than copies
+HOST_ROUND_BYTES = 24 << 20  # of a rank: beyond 32 MiB malloc takes fresh pages each time, which cost more than copies
+CUDA_ROUND_BYTES = 256 << 20  # there memory is kept, and rounds only bound it
 Hop = tuple[int, int, int, int]  # src, dst, layer, expert
 Part = tuple[int, int, int, Key, Tensor]  # destination, layer, owner, place in the sum, value
 
@@ -21,6 +22,7 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, numel: int, like: Tensor) -> None:
         self.group, self.rank, self.numel, self.like = group, group.rank(), numel, like
         self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.round_bytes = CUDA_ROUND_BYTES if like.is_cuda else HOST_ROUND_BYTES
         self.sent_bytes = 0  # to other ranks
 
     def experts(
@@ -31,7 +33,7 @@ class Exchange:
         hops  of all ranks; each round takes some of every source, in their order
         pack  an expert of this rank, flat
         """
-        each = max(1, ROUND_BYTES // (self.numel * dtype.itemsize))
+        each = max(1, self.round_bytes // (self.numel * dtype.itemsize))
         sent, rounds = Counter[int](), defaultdict[int, list[Hop]](list)
         for hop in hops:
             rounds[sent[hop[0]] // each].append(hop)

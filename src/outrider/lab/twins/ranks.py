@@ -21,7 +21,7 @@ import numpy as np
 from outrider.errors import LawBroken
 from outrider.experts.cost import PASSES, Cost
 from outrider.experts.events import Array, Stage
-from outrider.experts.exchange import ROUND_BYTES, Hop
+from outrider.experts.exchange import CUDA_ROUND_BYTES, Hop
 from outrider.experts.lane import Span
 from outrider.lab.clock import Clock, Timer
 from outrider.lab.twins.links import Crew, Task
@@ -34,11 +34,13 @@ Parcels = dict[Hop, float]  # what travels, a number for an expert
 class Host(msgspec.Struct, frozen=True):
     """Host memory. bytes_s: one rank's pulls, bytes/s; node_bytes_s: all pulls of its node at once, 0: no limit.
 
+    round_bytes: what a rank sends at most in one round of an exchange.
     General knowledge (PCIe 5 x16), to be calibrated.
     """
 
     bytes_s: float = 50e9
     node_bytes_s: float = 0.0
+    round_bytes: int = CUDA_ROUND_BYTES
 
     def pulls_s(self, bytes_R: Array, nodes_R: Array) -> Any:
         """[R] seconds until each rank has its bytes, if all begin at once and share their node's memory evenly."""
@@ -215,7 +217,7 @@ class Meeting:
         self._lanes, self._size_bytes = lanes, size_bytes
         self._begin_s = 0.0
         self._ends: dict[int, Callable[[Parcels], object]] = {}
-        self._rounds = rounds(hops, size_bytes)
+        self._rounds = rounds(hops, size_bytes, lanes.host.round_bytes)
         self._open = 0
 
     def join(self, rank: int, name: object, end: Callable[[Parcels], object]) -> None:
@@ -250,9 +252,9 @@ class Meeting:
             self._next()
 
 
-def rounds(hops: Sequence[Hop], size_bytes: int) -> list[list[Hop]]:
+def rounds(hops: Sequence[Hop], size_bytes: int, round_bytes: int) -> list[list[Hop]]:
     """As `Exchange.experts` cuts them: each round takes some of every source, in their order."""
-    each, sent = max(1, ROUND_BYTES // size_bytes), Counter[int]()
+    each, sent = max(1, round_bytes // size_bytes), Counter[int]()
     cut: dict[int, list[Hop]] = {}
     for hop in hops:
         cut.setdefault(sent[hop[0]] // each, []).append(hop)
