@@ -87,8 +87,8 @@ def test_excluded_ranks_do_not_lower_the_mean() -> None:
     """8 tokens on 4 ranks of which 2 are open: 4 each is perfect."""
     table = np.zeros((1, 1, 4, 4), dtype=np.int64)
     table[0, 0, 0] = 2
-    found = score(search(table, 1, excluded=(2, 3)), table, excluded=2)
-    assert found["imbalance"]["max"] == found["over_bound"]["max"] == 1.0
+    found = score(search(table, 1, excluded=(2, 3)), table, excluded=(2, 3))
+    assert found["imbalance"]["max"] == found["over_bound"]["max"] == found["imbalance_at_home"]["max"] == 1.0
 
 
 def test_spread_of_one_value() -> None:

@@ -82,7 +82,7 @@ def front(
 
 
 def _point(plan: StepPlan, counts_MLRE: Array, setting: study.Study, asked: bool = False) -> Point:
-    figures = score(plan, counts_MLRE, len(setting.excluded))
+    figures = score(plan, counts_MLRE, setting.excluded)
     copies = int(new_copies(plan).sum())
     return Point(
         setting.planner,

@@ -1,5 +1,6 @@
 """How good a plan is, recounted from its arrays alone, in the figures that the field uses. Pure; called by study.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ def spread(values: Any) -> dict[str, float]:
     return {"mean": float(flat.mean()), **quantiles, "max": float(flat.max())}
 
 
-def score(plan: StepPlan, counts_MLRE: Array, excluded: int = 0) -> dict[str, Any]:
-    """Imbalance, distance from the integer limit, copies moved and tiers. excluded: number of ranks that hold nothing.
+def score(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int] = ()) -> dict[str, Any]:
+    """Imbalance, distance from the integer limit, copies moved and tiers. excluded: ranks that hold nothing, at home neither.
 
     imbalance     largest rank load / mean rank load
     over_bound    largest rank load / ceil(mean rank load): 1 is the least that integers allow
@@ -28,11 +29,11 @@ def score(plan: StepPlan, counts_MLRE: Array, excluded: int = 0) -> dict[str, An
     """
     load_LMR = plan.load_of_ranks()
     most_LM, total_LM = load_LMR.max(axis=2), load_LMR.sum(axis=2)
-    open_ranks = load_LMR.shape[2] - excluded
+    open_ranks = load_LMR.shape[2] - len(excluded)
     least_LM = -(-total_LM // open_ranks)
     busy = total_LM > 0
     moved = new_copies(plan).sum(axis=(2, 3))
-    at_home = np.where(busy, _at_home(plan, counts_MLRE).max(axis=2) * open_ranks / total_LM.clip(min=1), 1.0)
+    at_home = np.where(busy, _at_home(plan, counts_MLRE, excluded).max(axis=2) * open_ranks / total_LM.clip(min=1), 1.0)
     return {
         "imbalance": spread(np.where(busy, most_LM * open_ranks / total_LM.clip(min=1), 1.0)),
         "over_bound": spread(np.where(busy, most_LM / least_LM.clip(min=1), 1.0)),
@@ -56,10 +57,10 @@ def seconds(plan: StepPlan, counts_MLRE: Array, cost: Cost) -> dict[str, Any]:
     }
 
 
-def _at_home(plan: StepPlan, counts_MLRE: Array) -> Array:
+def _at_home(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int]) -> Array:
     """[L, M, R] token-slots of each rank if every expert were computed at its contiguous home."""
     layers, steps, ranks, experts = plan.shape
-    homes_E = contiguous_homes(experts, ranks)
+    homes_E = contiguous_homes(experts, ranks, excluded)
     load = np.zeros((layers, steps, ranks), dtype=np.int64)
     for expert, home in enumerate(homes_E.tolist()):
         load[:, :, home] += counts_MLRE[:, :, :, expert].sum(axis=2).T

@@ -131,7 +131,7 @@ def run(path: Path, study: Study, progress: Callable[[], None] = lambda: None) -
         "links": study.links,
         "model": study.model,
         "row_scale": study.row_scale,
-        **score(found, counted.counts_MLRE, len(study.excluded)),
+        **score(found, counted.counts_MLRE, study.excluded),
         **seconds(found, counted.counts_MLRE, study.cost),
         "plan_us_per_layer": plan_us,
         "count_us_per_layer": counted.count_us,
