@@ -20,7 +20,7 @@ def spread(values: Any) -> dict[str, float]:
 
 
 def score(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int] = ()) -> dict[str, Any]:
-    """Imbalance, distance from the integer limit, copies moved and tiers. excluded: ranks that hold nothing, at home neither.
+    """Imbalance, distance from the integer limit, copies moved and tiers. excluded: ranks that hold nothing.
 
     imbalance     largest rank load / mean rank load
     over_bound    largest rank load / ceil(mean rank load): 1 is the least that integers allow
