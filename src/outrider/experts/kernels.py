@@ -120,7 +120,7 @@ def lay(flow: Flow, load_E: Array, homes_E: Array, bias_R: Array, replicas_RS: A
                 _add(flow, e, r)
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _add(flow: Flow, e: int, r: int) -> None:
     """Rank r holds expert e from now on."""
     if flow.at_E[e] == 1:
@@ -148,7 +148,7 @@ def _remove(flow: Flow, e: int, r: int) -> None:
         _cut(flow.on_RX[home], flow.on_R, home, e)
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _cut(row: Array, sizes: Array, at: int, value: int) -> None:
     i = 0
     while row[i] != value:
@@ -158,7 +158,7 @@ def _cut(row: Array, sizes: Array, at: int, value: int) -> None:
         row[j] = row[j + 1]
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _shift(flow: Flow, e: int, r: int, other: int, amount: int) -> None:
     flow.tokens_ER[e, r] -= amount
     flow.tokens_ER[e, other] += amount
@@ -166,7 +166,7 @@ def _shift(flow: Flow, e: int, r: int, other: int, amount: int) -> None:
     flow.load_R[other] += amount
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _incoming(flow: Flow, most: int, r: int) -> int:
     """Excess that the path into r can bring now."""
     amount = FAR
@@ -179,7 +179,7 @@ def _incoming(flow: Flow, most: int, r: int) -> int:
     return int(min(amount, flow.load_R[r] - most))
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _draw(flow: Flow, r: int, amount: int) -> None:
     while flow.from_rank_R[r] != r:
         e, before = flow.from_expert_R[r], flow.from_rank_R[r]
@@ -187,7 +187,7 @@ def _draw(flow: Flow, r: int, amount: int) -> None:
         r = before
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _outgoing(flow: Flow, most: int, r: int) -> int:
     """Tokens that the path out of r can take now."""
     amount = FAR
@@ -200,7 +200,7 @@ def _outgoing(flow: Flow, most: int, r: int) -> int:
     return int(min(amount, most - flow.load_R[r]))
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _pass(flow: Flow, r: int, amount: int) -> None:
     while flow.to_rank_R[r] != r:
         e, after = flow.to_expert_R[r], flow.to_rank_R[r]
@@ -319,7 +319,7 @@ def _sound(flow: Flow, most: int) -> None:
                     tail += 1
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _worth(given: Layer, e: int, r: int) -> int:
     """Tokens that a copy of e on r would take off e's home in the micro-steps ahead, each counting half the last."""
     total = 0
@@ -328,7 +328,7 @@ def _worth(given: Layer, e: int, r: int) -> int:
     return total
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, int]:
     """The slot of rank r to be taken next and what its copy computes: empty, idle and worth least, computing least.
 
@@ -346,7 +346,7 @@ def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, in
     return slot, loss
 
 
-@njit(cache=True, forceinline=True)
+@njit(cache=True)
 def _near(flow: Flow, e: int, begin: int, end: int) -> bool:
     """Is a holder of e in this node?"""
     for j in range(flow.at_E[e]):  # noqa: SIM110 - numba compiles loops, not generators
