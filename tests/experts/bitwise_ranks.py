@@ -131,10 +131,11 @@ class Data:
         return counts
 
 
-def random_plan(rng: Any, counts: Any, slots: int) -> StepPlan:
+def random_plan(rng: Any, counts: Any, slots: int, homes: Any = None) -> StepPlan:
     """Any homes, any copies, any split: nothing about it is good, but it is a plan."""
     steps, layers, ranks, experts = counts.shape
-    homes = np.stack([rng.permutation(np.arange(experts) % ranks) for _ in range(layers)])
+    if homes is None:
+        homes = np.stack([rng.permutation(np.arange(experts) % ranks) for _ in range(layers)])
     hosts_M, rows_M = [], []
     for m in range(steps):
         hosts = np.full((layers, ranks, experts), -1)

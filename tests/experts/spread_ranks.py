@@ -152,6 +152,26 @@ def check_case(name: str, rank: int, group: Any, control: Any, lane: Any, seed: 
         assert (mover.copies_moved > 0) == (slots > 0), f"{name}: {mover.copies_moved} copies"
 
 
+def check_nothing_is_left(rank: int, group: Any, control: Any, lane: Any) -> None:
+    """After a step a rank holds its homes alone: copies that owed nothing would be stale, too."""
+    case, holder = Case("W2", 6), torch.nn.Sequential(make_block(6))
+    (block,) = spread(holder, HOMES, group)
+    mover = Mover(Policy(Settings(1, EXPERTS, RANKS, 2)), [block], control, lane)
+    mover.foresee(case.counts())
+    with mover.micro_step("recompute", 1), torch.no_grad():
+        block.replay(case.routes[1][rank], None)
+        block(case.x[1][rank][None])
+    mover.finish()
+    assert mover.copies_moved > 0
+    for expert in range(EXPERTS):
+        try:
+            block.experts.weights(expert)
+        except LawBroken as error:
+            assert error.law == 6  # noqa: PT017
+        else:
+            assert HOMES[expert] == rank, f"expert {expert} of the step before could be used"
+
+
 def check_broken_laws(rank: int, group: Any, control: Any, lane: Any) -> None:
     case = Case("W2", 5)
     holder = torch.nn.Sequential(make_block(5))
@@ -181,6 +201,7 @@ def main(directory: str, rank: int) -> None:
     group, control, lane = dist.group.WORLD, dist.new_group(timeout=limit), dist.new_group(timeout=limit)
     for seed, name in enumerate(WORKLOADS):
         check_case(name, rank, group, control, lane, seed)
+    check_nothing_is_left(rank, group, control, lane)
     check_broken_laws(rank, group, control, lane)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The policy as a machine: what is needed is there in time, gradients go home once, equal events, equal commands."""
 
+from itertools import cycle
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from outrider.experts.events import (
     Use,
     UseLayer,
 )
+from outrider.experts.frames import Copy, carry
 from outrider.experts.schedule import assemble
 from outrider.journal import array_digest
 
@@ -37,73 +39,140 @@ LAYERS, EXPERTS, RANKS, SLOTS = 3, 8, 3, 2
 SHAPE = Settings(layers=LAYERS, experts=EXPERTS, ranks=RANKS, slots=SLOTS)
 
 
-class Shadow:
-    """Frames of all ranks, kept from Carry rows alone, at the times at which they may be carried."""
+WHOLE = ["update", "recompute"]  # passes that are no half of one
+EARLIEST, LATEST = [10**9], [0]  # paces of a lane
 
-    def __init__(self, shape: Settings) -> None:
-        self.shape = shape
+
+class Transfer:
+    """A row of a Carry, and the copy that it brings."""
+
+    def __init__(self, row: list[int]) -> None:
+        self.after, self.by, self.kind, self.layer, self.expert, self.src, self.dst, self.frame = row
+        self.copy = Copy(self.layer, self.expert, self.frame)
+
+
+class Shadow:
+    """Frames of all ranks, kept from Carry rows alone, with a lane as fast or slow as it may be.
+
+    pace: how many transfers the lane gets done at each of its chances, over and over. What a visit waits for is done
+    when the visit begins, however slow the lane is.
+    """
+
+    def __init__(self, shape: Settings, pace: list[int]) -> None:
+        self.shape, self.pace = shape, cycle(pace)
         self.homes = np.tile(np.sort(np.arange(EXPERTS) % RANKS), (LAYERS, 1))
-        self.frames: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, frame): (layer, expert) that is there
+        self.frames: dict[tuple[int, int], Copy] = {}  # (rank, frame): what is there
+        self.newest: dict[tuple[int, int, int], Copy] = {}  # rank, layer, expert: planned last
         self.owed: set[tuple[int, int, int]] = set()  # rank, layer, expert
+        self.used: set[tuple[int, int]] = set()  # (rank, frame) in the visit under way
         self.last_use: dict[tuple[int, int], int] = {}  # (rank, frame): visit
-        self.queue: list[list[int]] = []
+        self.pending: list[Transfer] = []  # they may not start yet
+        self.lane: list[Transfer] = []  # they may, and are not carried yet
         self.over, self.returned, self.fetched, self.cancelled, self.wanted = -1, 0, 0, 0, 0
         self.shared: set[tuple[int, int, int]] = set()  # node, layer, expert
 
     def take(self, rows: Any) -> None:
         assert rows.tolist() == sorted(rows.tolist()), "the order of rows is not that of their columns"
-        for after, by, kind, *rest in rows.tolist():
-            assert after < by, "compute would wait for what starts only after it"
-            if kind in (CANCEL, WANT):
-                self.cancelled += kind == CANCEL
-                self.wanted += kind == WANT
-            else:
-                self.queue.append([after, by, kind, *rest])
-        self.carry()
+        for one in map(Transfer, rows.tolist()):
+            assert one.after < one.by, "compute would wait for what starts only after it"
+            page = one.dst, one.layer, one.expert
+            if one.kind in (CANCEL, WANT):
+                self.newest[page].turn("cancel" if one.kind == CANCEL else "want")
+                self.cancelled += one.kind == CANCEL
+                self.wanted += one.kind == WANT
+                continue
+            if one.kind != RETURN:
+                self.newest[page] = one.copy
+            self.pending.append(one)
+        self.start()
 
-    def carry(self) -> None:
-        """Everything that may start by now is carried, at once: the earliest that a lane can do."""
-        assert self.queue == sorted(self.queue, key=lambda row: row[0]), "what comes later may start earlier"
-        while self.queue and self.queue[0][0] <= self.over:
-            after, _, kind, layer, expert, src, dst, frame = self.queue.pop(0)
-            if kind == RETURN:
-                assert dst == self.homes[layer, expert]
-                assert self.frames.pop((src, frame)) == (layer, expert)
-                self.owed.remove((src, layer, expert))
-                self.returned += 1
+    def start(self) -> None:
+        """Put on the lane what may start by now."""
+        assert self.pending == sorted(self.pending, key=lambda one: one.after), "what comes later may start earlier"
+        while self.pending and self.pending[0].after <= self.over:
+            self.lane.append(self.pending.pop(0))
+
+    def carry(self, some: int) -> None:
+        """The lane does so many transfers, in order; each is judged at the time at which it happens."""
+        for _ in range(min(some, len(self.lane))):
+            one = self.lane.pop(0)
+            if one.kind == RETURN:
+                self.bring_home(one)
             else:
-                assert src == self.homes[layer, expert] != dst
-                assert frame < self.shape.frames
-                before = self.frames.get((dst, frame))
-                assert before is None or (dst, *before) not in self.owed, "overwritten before its gradient went home"
-                assert self.last_use.get((dst, frame), -1) <= after, "overwritten while it is in use"
-                assert (dst, layer, expert) not in {(r, *page) for (r, _), page in self.frames.items()}, "a copy twice"
-                self.frames[dst, frame] = layer, expert
-                self.fetched += 1
-                if kind == HOST:
-                    assert (self.shape.nodes[dst], layer, expert) in self.shared, "pulled, but nobody put it there"
+                self.fetch(one)
+
+    def bring_home(self, one: Transfer) -> None:
+        place, page = (one.src, one.frame), (one.src, one.layer, one.expert)
+        assert one.dst == self.homes[one.layer, one.expert]
+        assert place not in self.used, "its gradient went home while it gathers"
+        assert self.page_in(place) == page
+        self.owed.remove(page)
+        copy = self.frames.pop(place)
+        copy.turn("return")
+        copy.turn("end")
+        self.returned += 1
+
+    def fetch(self, one: Transfer) -> None:
+        place, page = (one.dst, one.frame), (one.dst, one.layer, one.expert)
+        assert one.src == self.homes[one.layer, one.expert] != one.dst
+        assert one.frame < self.shape.frames
+        assert self.last_use.get(place, -1) <= one.after, "it may start before the last use is over"
+        assert place not in self.used, "overwritten while it is in use"
+        assert self.page_in(place) not in self.owed, "overwritten before its gradient went home"
+        if place in self.frames:
+            self.frames.pop(place).turn("evict")
+        assert page not in map(self.page_in, self.frames), "a copy twice"
+        if one.kind == HOST:
+            assert (self.shape.nodes[one.dst], *page[1:]) in self.shared, "pulled, but nobody put it there"
+        self.frames[place] = one.copy
+        one.copy.turn("start")
+        one.copy.turn("end")
+        self.fetched += 1
+
+    def page_in(self, place: tuple[int, int]) -> tuple[int, int, int] | None:
+        """Rank, layer, expert of what is in this (rank, frame)."""
+        copy = self.frames.get(place)
+        return None if copy is None else (place[0], copy.layer, copy.expert)
 
     def visit(self, number: int, layer: int, quotas: Any, backward: bool) -> None:
-        """The layer's turn: its copies must be there, however fast or slow the lane is."""
-        assert all(row[1] > number for row in self.queue), "it must be there by now, and may not even start"
-        held = {(rank, *page): frame for (rank, frame), page in self.frames.items()}
+        """The layer's turn: it waits for what must be there, and then it is, however fast or slow the lane is."""
+        assert all(one.by > number for one in self.pending), "it must be there by now, and may not even start"
+        self.carry(max((i + 1 for i, one in enumerate(self.lane) if one.by <= number), default=0))
+        held = {self.page_in(place): place for place in self.frames}
         for at, expert, _, rank, _ in quotas.tolist():
             if at == layer and self.homes[layer, expert] != rank:
-                frame = held[rank, layer, expert]  # KeyError: a copy is used that is not there
-                self.last_use[rank, frame] = number
-                if backward:
-                    self.owed.add((rank, layer, expert))
+                self.use(held[rank, layer, expert], number, backward)  # KeyError: a copy is used that is not there
+        self.carry(next(self.pace))  # beside compute
+        for place in self.used:
+            self.frames[place].turn("leave")
+        self.used.clear()
         self.over = number
-        self.carry()
+        self.start()
+        self.carry(next(self.pace))  # before the next layer
+
+    def use(self, place: tuple[int, int], number: int, backward: bool) -> None:
+        copy = self.frames[place]
+        copy.turn("enter")
+        self.used.add(place)
+        self.last_use[place] = number
+        if backward:
+            copy.owes = True
+            self.owed.add((place[0], copy.layer, copy.expert))
 
     def run(self, policy: Policy, stage: Any, batch: int) -> None:
         """One pass."""
         *carried, use = policy.handle(Began(stage, batch), 0)
         assert isinstance(use, Use)
         self.over = max(self.over, use.visit - 1)
+        self.start()
+        assert not self.pending, "it waits for visits that are no part of its pass"
+        if not use.expected:  # what is under way has come for other turns: the first layer waits for all of it
+            for one in self.lane:
+                one.by = use.visit
         for command in carried:
             assert isinstance(command, Carry)
             self.take(command.rows)
+        self.carry(next(self.pace))
         number = use.visit
         if stage != "backward":
             for layer in range(LAYERS):
@@ -137,11 +206,14 @@ class Shadow:
         assert isinstance(release, Release)
         for command in carried:
             assert (command.rows[:, 2] == RETURN).all()
-            self.queue += command.rows.tolist()
-        self.over = max([self.over, *(row[0] for row in self.queue)])
-        self.carry()
+            self.pending += map(Transfer, command.rows.tolist())
+        self.lane, self.pending = self.lane + self.pending, []
+        self.carry(len(self.lane))
         assert not self.owed, "a gradient was left behind"
+        for copy in self.frames.values():
+            copy.turn("evict")
         self.frames.clear()
+        self.newest.clear()
         self.shared.clear()
         self.last_use.clear()
         self.over = -1
@@ -162,6 +234,12 @@ def shapes() -> st.SearchStrategy[Settings]:
     )  # fmt: skip
 
 
+def paces() -> st.SearchStrategy[list[int]]:
+    """How far the lane gets at each of its chances: as late as it may, as early as it may, or anything."""
+    mixed = st.lists(st.integers(0, 6), min_size=1, max_size=9)
+    return st.one_of(st.just(LATEST), st.just(EARLIEST), mixed)
+
+
 def one_f_one_b(rng: Any, batches: int) -> list[Any]:
     """Some order in which up to three micro-batches are in flight."""
     passes: list[Any] = []
@@ -177,13 +255,13 @@ def one_f_one_b(rng: Any, batches: int) -> list[Any]:
     return passes
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=2), shapes(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=2), shapes(), st.booleans(), paces())
+@settings(max_examples=120, deadline=None)
 def test_everything_is_there_in_time_and_gradients_go_home_once(
-    seed: int, steps: list[int], shape: Settings, told: bool
+    seed: int, steps: list[int], shape: Settings, told: bool, pace: list[int]
 ) -> None:
     rng = np.random.default_rng(seed)
-    policy, shadow = Policy(shape), Shadow(shape)
+    policy, shadow = Policy(shape), Shadow(shape, pace)
     for batches in steps:  # several RL steps on one object
         passes = [("recompute", m) for m in range(batches)] + [("update", m) for m in range(batches)]
         if rng.random() < 0.4:
@@ -194,16 +272,18 @@ def test_everything_is_there_in_time_and_gradients_go_home_once(
         shadow.finish(policy)
 
 
-@given(st.integers(0, 2**32 - 1), shapes())
-@settings(max_examples=80, deadline=None)
-def test_passes_may_come_in_another_order_than_told_and_stop_early(seed: int, shape: Settings) -> None:
+@given(st.integers(0, 2**32 - 1), shapes(), paces())
+@settings(max_examples=120, deadline=None)
+def test_passes_may_come_in_another_order_than_told_and_stop_early(seed: int, shape: Settings, pace: list[int]) -> None:
     rng = np.random.default_rng(seed)
-    policy, shadow = Policy(shape), Shadow(shape)
+    policy, shadow = Policy(shape), Shadow(shape, pace)
     for _ in range(2):
-        passes = tuple(("update", m) for m in range(5))
-        shadow.begin(policy.handle(Foreseen(load(rng, 5), passes), 0))
-        for batch in rng.permutation(5)[: rng.integers(1, 6)].tolist():
-            shadow.run(policy, "update" if rng.random() < 0.7 else "recompute", batch)
+        told, ran = [("update", m) for m in range(5)], [(str(rng.choice(WHOLE)), int(m)) for m in rng.permutation(5)]
+        if rng.random() < 0.5:  # a layer's turn in a backward pass is not where it is in a forward pass
+            told, ran = one_f_one_b(rng, 5), one_f_one_b(rng, 5)
+        shadow.begin(policy.handle(Foreseen(load(rng, 5), tuple(told)), 0))
+        for stage, batch in ran[: rng.integers(1, 1 + len(ran))]:
+            shadow.run(policy, stage, batch)
         shadow.finish(policy)
 
 
@@ -215,9 +295,10 @@ def hot(*experts: int) -> Any:
     return counts
 
 
-def test_what_is_under_way_is_cancelled_and_wanted_again_but_not_sent_twice() -> None:
+@pytest.mark.parametrize("pace", [EARLIEST, LATEST])
+def test_what_is_under_way_is_cancelled_and_wanted_again_but_not_sent_twice(pace: list[int]) -> None:
     """A copy for the next pass is fetched ahead, another pass comes, then the one that needs it."""
-    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE, pace)
     passes = (("update", 0), ("update", 1), ("update", 2), ("update", 3))
     shadow.begin(policy.handle(Foreseen(hot(0, 3, 0, 6), passes), 0))
     shadow.run(policy, "update", 0)
@@ -237,7 +318,7 @@ def test_a_pass_out_of_turn_says_so() -> None:
 
 
 def test_with_frames_for_all_layers_a_kept_copy_is_carried_once() -> None:
-    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE, LATEST)
     shadow.begin(policy.handle(Foreseen(hot(0, 0, 0)), 0))
     for stage in ("recompute", "update"):
         for m in range(3):
@@ -246,7 +327,7 @@ def test_with_frames_for_all_layers_a_kept_copy_is_carried_once() -> None:
     shadow.finish(policy)
     assert held == shadow.returned == 2 * LAYERS  # the hot expert on both other ranks, in every layer
     ring = msgspec.structs.replace(SHAPE, ring=1)
-    policy, shadow = Policy(ring), Shadow(ring)
+    policy, shadow = Policy(ring), Shadow(ring, LATEST)
     shadow.begin(policy.handle(Foreseen(hot(0, 0, 0)), 0))
     shadow.run(policy, "update", 0)
     assert shadow.fetched > held / 1.01, "one layer's frames must refill"
@@ -267,8 +348,6 @@ def test_the_next_pass_is_fetched_during_this_one() -> None:
 
 def test_fewest_fetches_for_what_is_known() -> None:
     """One rank, one pass, any number of frames: as few as Belady's rule, written plainly and on demand."""
-    from outrider.experts.frames import carry
-
     rng = np.random.default_rng(3)
     for _ in range(300):
         visits, pages, frames = 12, 7, int(rng.integers(2, 5))
@@ -301,7 +380,7 @@ def test_a_given_plan_brings_masters_to_their_new_homes() -> None:
         hosts[:, expert % RANKS, expert // RANKS] = expert
     rows = np.array([[la, e, q, homes[la, e], 5] for la in range(LAYERS) for e in range(EXPERTS) for q in range(RANKS)])
     plan = assemble("foresight", homes, [hosts], [rows], ranks_per_node=RANKS)
-    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE, LATEST)
     event = Planned(plan.homes.astype(np.int64), plan.quota.astype(np.int64), plan.most)
     shadow.begin(policy.handle(event, 0))
     assert (shadow.homes == homes).all()
@@ -330,11 +409,11 @@ def test_what_nobody_foresaw_is_tallied() -> None:
     assert policy.handle(Ran(0, seen, np.zeros((LAYERS, RANKS), int)), 0) == [Tally(unforeseen=3, absent=2)]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), paces())
 @settings(max_examples=40, deadline=None)
-def test_without_foresight_each_layer_keeps_the_same_laws(seed: int, batches: int) -> None:
+def test_without_foresight_each_layer_keeps_the_same_laws(seed: int, batches: int, pace: list[int]) -> None:
     rng = np.random.default_rng(seed)
-    policy, shadow = Policy(SHAPE), Shadow(SHAPE)
+    policy, shadow = Policy(SHAPE), Shadow(SHAPE, pace)
     for now in range(batches):
         stage = "update" if rng.random() < 0.7 else "recompute"
         for layer in range(LAYERS):
@@ -348,6 +427,7 @@ def test_without_foresight_each_layer_keeps_the_same_laws(seed: int, batches: in
             for command in carried:
                 assert (command.rows[:, 3] == layer).all(), "another layer's frames were touched"
                 shadow.take(command.rows)
+            shadow.carry(len(shadow.lane))  # the layer waits for all of it
             shadow.visit(-1, layer, use.quotas, stage == "update")
     shadow.finish(policy)
 

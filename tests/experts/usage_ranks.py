@@ -8,6 +8,7 @@ import copy
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +18,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bitwise_ranks import random_plan
-from precision_ranks import EXPERTS, LAYERS, LENGTH, TOP_K, VOCABULARY, Trace, Way, build, check_way, loss_of
+from precision_ranks import (
+    EXPERTS,
+    LAYERS,
+    LENGTH,
+    TOP_K,
+    TRAINED,
+    VOCABULARY,
+    Trace,
+    Way,
+    adamw,
+    build,
+    check_way,
+    close,
+    counted,
+    loss_of,
+    replayed,
+    same_state,
+)
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known that is not gloo
 
 from outrider.errors import CallerError, WorldError
-from outrider.experts import balance
+from outrider.experts import balance, shared
 
 IDS = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
 TABLE = np.full((2, LAYERS, 2, EXPERTS), 2)
@@ -259,6 +278,8 @@ def check_order(rank: int) -> None:
     unfinished = balanced.step(TABLE)
     unfinished.__enter__()
     refused("Call run.finish_gradients()", lambda: unfinished.__exit__(None, None, None))
+    alone = dist.new_group([rank], backend="fake", use_local_synchronization=True)
+    refused("of cpu:fake", lambda: balance(build(), alone))
     refused("this model is balanced already", lambda: balance(model))
     refused("Linear: no MoE block with fused experts. Give a Hugging Face", lambda: balance(torch.nn.Linear(2, 2)))
     for words, options in {
@@ -362,6 +383,119 @@ def check_states(rank: int) -> None:
     refused("routes: Doubled weighs experts in a way unknown to replay", replays)
 
 
+def check_relocation(rank: int) -> None:
+    """New homes every step, while old losses are still alive.
+
+    What moves keeps its bits, the optimizer's state too; then the model trains on as the stock model does.
+    """
+    rng, counts = np.random.default_rng(0), counted([[ROUTES, ROUTES]] * 2)
+    stock, (model, balanced) = build(), fresh()
+    theirs, ours = adamw(stock), adamw(model)
+    alive = []
+    for homes in ([0, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 1, 1]):
+        theirs.zero_grad()
+        ours.zero_grad()
+        weights, state = balanced.state_dict(), balanced.optimizer_state_dict(ours)
+        plan = random_plan(rng, counts, 2, np.tile(homes, (LAYERS, 1)))
+        with balanced.step(plan, optimizer=ours) as run:
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in balanced.state_dict().items())
+            same_state(balanced.optimizer_state_dict(ours), state)
+            for m in range(2):
+                with run.micro_step(m, routes=ROUTES):
+                    alive.append(loss_of(model, IDS + m))
+                    alive[-1].backward()
+            run.finish_gradients()
+        for m in (0, 0, 1, 1):  # both ranks have the same tokens
+            with replayed(stock, ROUTES):
+                loss_of(stock, IDS + m).backward()
+        mine = torch.tensor(homes) == rank
+        for name, parameter in stock.named_parameters():
+            here, own = mine if ".experts." in name else ..., model.get_parameter(name)
+            close(own.grad, parameter.grad[here], f"{name}, {homes}", "relocated", TRAINED)
+            close(own.detach(), parameter.detach()[here], f"{name}, {homes}", "relocated", TRAINED)
+        theirs.step()
+        ours.step()
+    whole = balanced.state_dict()
+    for name, tensor in stock.state_dict().items():
+        close(whole[name], tensor, name, "relocated", TRAINED)
+
+
+def check_broken_off(rank: int) -> None:
+    """An error in the middle of a pass: no block keeps routes or a mask that were recorded for other tokens."""
+
+    def fail(inside: Any) -> None:
+        try:
+            with inside:
+                loss_of(model, IDS)
+                raise FloatingPointError("the loss is not a number")
+        except FloatingPointError:
+            assert all(block.routes is None and block.real is None for block in balanced.blocks)
+
+    given = {"routes": ROUTES, "real": torch.ones_like(IDS)}
+    for foreseen, half in ((TABLE, False), (None, False), (TABLE, True)):
+        model, balanced = fresh()
+        run = balanced.step(foreseen).__enter__()
+        fail(run.forward(0, **given) if half else run.micro_step(0, **given))
+    with torch.no_grad():
+        expected = build()(input_ids=IDS).logits
+    model, balanced = fresh()
+    run = balanced.step().__enter__()
+    fail(run.micro_step(0, **given))
+    with torch.no_grad():  # of the live gate, as before
+        assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-5)
+    model, balanced = fresh()
+    run = balanced.step(TABLE).__enter__()
+    with run.forward(0, **given):
+        loss_of(model, IDS)
+    with run.forward(1):
+        loss_of(model, IDS)
+    try:
+        with run.backward(0):
+            raise FloatingPointError
+    except FloatingPointError:
+        assert all(block.routes is None for block in balanced.blocks)
+
+
+def check_shared_memory(rank: int) -> None:
+    """When a step has begun, all that will be pulled is there, however slow its home; who cannot open it, all hear."""
+    _, balanced = fresh(update="host")
+    memory, stock = balanced.mover.shared, build()
+    put = memory.put
+
+    def late(*what: Any) -> None:
+        time.sleep(0.1)
+        put(*what)
+
+    memory.put = late
+    with balanced.step(TABLE) as run:
+        assert any(expert < EXPERTS // 2 for _, expert in memory._at), "rank 0 has nothing that rank 1 could miss"
+        for layer, expert in memory._at:
+            into = torch.empty(memory.numel)
+            memory.pull(layer, expert, into)
+            experts = stock.model.layers[layer].mlp.experts
+            parts = experts.gate_up_proj[expert], experts.down_proj[expert]
+            assert torch.equal(into, torch.cat([part.detach().reshape(-1) for part in parts]))
+        run.finish_gradients()
+
+    def no_such_file(path: Any, *_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    _, balanced = fresh()
+    begin_s = time.monotonic()
+    if rank == 1:
+        shared.open = no_such_file  # type: ignore[attr-defined]
+    try:
+        balanced.step(TABLE).__enter__()
+    except WorldError as error:
+        assert "cannot be opened: No such file or directory. Let all ranks" in str(error), error  # noqa: PT017
+    else:
+        raise AssertionError("went on without shared memory")
+    assert time.monotonic() - begin_s < 5.0, "it waited for the time-out"
+    if rank == 1:
+        del shared.open  # type: ignore[attr-defined]
+    balanced.step(TABLE).__enter__()  # it may be tried again, and no group of ranks is out of step
+
+
 def check_uneven(rank: int) -> None:
     """A rank that evaluates more often than the others is told so, in words. The last check: the other rank is gone."""
     model = build()
@@ -392,7 +526,8 @@ def main(directory: str, rank: int, ranks: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for check in (
         check_frozen, check_accumulation, check_unused, check_evaluation, check_several, check_wrappers, check_tables,
-        check_refusals, check_order, check_ranks_that_differ, check_states, check_uneven, check_groups,
+        check_refusals, check_order, check_ranks_that_differ, check_states, check_relocation,
+        check_broken_off, check_shared_memory, check_uneven, check_groups,
     ):  # fmt: skip
         check(rank)
     sys.stdout.write("all held\n")
