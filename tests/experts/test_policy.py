@@ -170,8 +170,10 @@ class Shadow:
             for one in self.lane:
                 one.by = use.visit
         for command in carried:
-            assert isinstance(command, Carry)
-            self.take(command.rows)
+            if isinstance(command, Carry):
+                self.take(command.rows)
+            else:
+                self.begin([command])
         self.carry(next(self.pace))
         number = use.visit
         if stage != "backward":
@@ -344,6 +346,22 @@ def test_the_next_pass_is_fetched_during_this_one() -> None:
     assert (ahead[:, 0] < use.visit + 2 * LAYERS - 1).all()
     second = policy.handle(Began("update", 1), 1)
     assert all((command.rows[:, 2] == RETURN).all() or not command.fetches for command in second[:-1]), second
+
+
+def test_nothing_is_shared_before_a_pass_that_pulls_it() -> None:
+    """A step of updates alone, whose weights go rank to rank, stages nothing; a recompute pass finds what it pulls."""
+    policy = Policy(Settings(LAYERS, EXPERTS, RANKS, 2, recompute="host", update="direct"))
+    counts = load(np.random.default_rng(3), 3)
+    for stages in (["update"], ["update", "recompute"]):
+        shadow = Shadow(policy.settings, LATEST)
+        shadow.begin(policy.handle(Foreseen(counts), 0))
+        assert not shadow.shared
+        for stage in stages:
+            assert not shadow.shared
+            for batch in range(3):
+                shadow.run(policy, stage, batch)
+        assert bool(shadow.shared) == ("recompute" in stages)
+        policy.handle(Finished(), 0)
 
 
 def test_fewest_fetches_for_what_is_known() -> None:

@@ -457,8 +457,8 @@ def check_broken_off(rank: int) -> None:
 
 
 def check_shared_memory(rank: int) -> None:
-    """When a step has begun, all that will be pulled is there, however slow its home; who cannot open it, all hear."""
-    _, balanced = fresh(update="host")
+    """When a pass that pulls begins, all is there, however slow its home; who cannot open it, all hear of it."""
+    model, balanced = fresh()
     memory, stock = balanced.mover.shared, build()
     put = memory.put
 
@@ -468,24 +468,27 @@ def check_shared_memory(rank: int) -> None:
 
     memory.put = late
     with balanced.step(TABLE) as run:
-        assert any(expert < EXPERTS // 2 for _, expert in memory._at), "rank 0 has nothing that rank 1 could miss"
-        for layer, expert in memory._at:
-            into = torch.empty(memory.numel)
-            memory.pull(layer, expert, into)
-            experts = stock.model.layers[layer].mlp.experts
-            parts = experts.gate_up_proj[expert], experts.down_proj[expert]
-            assert torch.equal(into, torch.cat([part.detach().reshape(-1) for part in parts]))
+        with run.micro_step(0, "recompute"), torch.no_grad():
+            assert any(expert < EXPERTS // 2 for _, expert in memory._at), "rank 0 has nothing that rank 1 could miss"
+            for layer, expert in memory._at:
+                into = torch.empty(memory.numel)
+                memory.pull(layer, expert, into)
+                experts = stock.model.layers[layer].mlp.experts
+                parts = experts.gate_up_proj[expert], experts.down_proj[expert]
+                assert torch.equal(into, torch.cat([part.detach().reshape(-1) for part in parts]))
+            model(input_ids=IDS)
         run.finish_gradients()
 
     def no_such_file(path: Any, *_: Any) -> Any:
         raise FileNotFoundError(2, "No such file or directory", path)
 
     _, balanced = fresh()
+    run = balanced.step(TABLE).__enter__()
     begin_s = time.monotonic()
     if rank == 1:
         shared.open = no_such_file  # type: ignore[attr-defined]
     try:
-        balanced.step(TABLE).__enter__()
+        run.micro_step(0, "recompute").__enter__()
     except WorldError as error:
         assert "cannot be opened: No such file or directory. Let all ranks" in str(error), error  # noqa: PT017
     else:
@@ -493,7 +496,7 @@ def check_shared_memory(rank: int) -> None:
     assert time.monotonic() - begin_s < 5.0, "it waited for the time-out"
     if rank == 1:
         del shared.open  # type: ignore[attr-defined]
-    balanced.step(TABLE).__enter__()  # it may be tried again, and no group of ranks is out of step
+    run.micro_step(0).__enter__()  # no group of ranks is out of step
 
 
 def check_uneven(rank: int) -> None:

@@ -112,6 +112,7 @@ class Policy:
         self._steps: list[MicroStep] = []
         self._passes: tuple[Pass, ...] = ()
         self._began = self._visits = 0  # passes begun, visits of theirs
+        self._shared = False  # whether this step's experts lie in shared memory
         self._coming: Pass = "update", 0  # what was fetched ahead for
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -119,9 +120,9 @@ class Policy:
         match event:
             case Foreseen(counts_MLRE, passes):
                 self._anew(self._checked(counts_MLRE), passes)
-                return self._share()
+                return []
             case Planned(homes_LE, quota, most_LM, passes):
-                return [*self._take(homes_LE, quota, most_LM, passes), *self._share()]
+                return self._take(homes_LE, quota, most_LM, passes)
             case Began(stage, batch):
                 return self._begin(stage, batch)
             case Gated(stage, layer, counts_RE):
@@ -143,7 +144,7 @@ class Policy:
     def _anew(self, counts_MLRE: Array | None, passes: tuple[Pass, ...]) -> None:
         """A step begins, or is over."""
         self.counts_MLRE, self._steps, self._passes = counts_MLRE, [], passes
-        self.replicas_LRS, self._began, self._visits = self._empty(), 0, 0
+        self.replicas_LRS, self._began, self._visits, self._shared = self._empty(), 0, 0, False
         for one in passes:
             if len(one) != 2 or one[0] not in get_args(Stage):
                 raise CallerError(f"passes: {one!r} is none. Give pairs such as ('update', 0), see events.py.")
@@ -194,11 +195,12 @@ class Policy:
         else:  # not as told: take it as it comes
             coming = [(stage, batch), *self._guess(stage, batch)]
         first, length = self._visits, self._length(stage)
+        shares = [] if self._shared or HOST not in {self._kind(one) for one, _ in coming} else self._share()
         rows = self._carry(coming, first)
         self._began, self._visits = self._began + 1, first + length
         step = self._step(batch)
         expected, self._coming = coming[0] == self._coming or not first, coming[-1]
-        return [*([Carry(rows)] if len(rows) else []), Use(first, expected, step.quotas, step.most_L)]
+        return [*shares, *([Carry(rows)] if len(rows) else []), Use(first, expected, step.quotas, step.most_L)]
 
     def _guess(self, stage: Stage, batch: int) -> list[Pass]:
         """The pass that comes next where nobody told the order: the next micro-batch, after recompute the update."""
@@ -210,6 +212,9 @@ class Policy:
             return [(stage, batch + 1)]
         return [("update", 0)] if stage == "recompute" else []
 
+    def _kind(self, stage: Stage) -> int:
+        return KINDS[self.settings.recompute if stage == "recompute" else self.settings.update]
+
     def _length(self, stage: Stage) -> int:
         return self.settings.layers * (2 if stage == "update" else 1)
 
@@ -220,7 +225,7 @@ class Policy:
         begin = first
         for stage, batch in coming:
             wanted = self._step(batch).needs
-            kind = KINDS[self.settings.recompute if stage == "recompute" else self.settings.update]
+            kind = self._kind(stage)
             page = wanted[:, 0] * experts + wanted[:, 2]
             if stage != "backward":
                 needs.append(np.column_stack([wanted[:, 1], begin + wanted[:, 0], page, np.full(len(page), kind)]))
@@ -255,16 +260,17 @@ class Policy:
         return ordered
 
     def _share(self) -> list[Command]:
-        """Experts that this step will pull out of shared memory: each once in every node that pulls it.
+        """Experts that a step may pull out of shared memory, when it first will: each once in every node that pulls it.
 
         The home puts it into its own node's, and into another's the rank there that has the home's number in its node.
         """
-        if "host" not in (self.settings.recompute, self.settings.update) or not self.settings.slots:
-            return []
         assert self.counts_MLRE is not None
         nodes, width = self.settings.nodes, self.settings.ranks_per_node or self.settings.ranks
         wanted = np.concatenate([self._step(m).needs for m in range(len(self.counts_MLRE))])
         rows = np.unique(np.column_stack([nodes[wanted[:, 1]], wanted[:, 0], wanted[:, 2]]), axis=0)
+        self._shared = True
+        if not len(rows):
+            return []
         homes = self.homes_LE[rows[:, 1], rows[:, 2]]
         return [Share(np.column_stack([rows[:, 1], rows[:, 2], homes, rows[:, 0], rows[:, 0] * width + homes % width]))]
 

@@ -128,9 +128,11 @@ class ExpertsTwin:
 
     def micro_step(self, stage: Stage, batch: int) -> Flow:
         """A pass over one micro-batch."""
-        began_s = self.clock.now
+        told_s = self.clock.now
         self.outcome.passes.append(timed := Timed(stage, batch))
         yield from self._tell(ev.Began(stage, batch))
+        began_s = self.clock.now
+        self.outcome.before_s += began_s - told_s
         if batch not in self._works:
             assert self.policy.counts_MLRE is not None
             seen_MLRE = self.policy.counts_MLRE if self.seen_MLRE is None else self.seen_MLRE

@@ -131,8 +131,8 @@ class Timed(msgspec.Struct):
 class Outcome(msgspec.Struct):
     """One RL step, simulated. Lists but `passes`: a number for each rank.
 
-    before_s, after_s   of `seconds`: until the first pass (masters change homes, weights into shared memory), and from
-                        the last one until all gradients are at home
+    before_s, after_s   of `seconds`: before passes (masters change homes, weights into shared memory), and from the
+                        last one until all gradients are at home
     lane_s              its lane carries something; waiting for other ranks is not counted
     sent_bytes          to other ranks; by_path: bytes of each way of carrying
     batches             exchanges, and pulls of single ranks
