@@ -20,7 +20,7 @@ of it at different times. What is decided follows from the plan and the order of
 
     command    carried out by the mover                                              answers
     Relocate   masters, with their optimizer state, change their homes               Planned
-    Share      homes put experts into shared host memory, to be pulled from there    Foreseen, Planned
+    Share      homes put experts into shared host memory, to be pulled from there    Began
     Carry      transfers: which may start after which visit, and must be there by    Began, Gated, Finished
     Use        this token split from now on                                          Began
     UseLayer   the same, for one layer                                               Gated
