@@ -347,104 +347,131 @@ def _slot(flow: Flow, given: Layer, replicas_RS: Array, r: int) -> tuple[int, in
 
 
 @njit(cache=True)
-def _near(flow: Flow, e: int, begin: int, end: int) -> bool:
-    """Is a holder of e in this node?"""
-    for j in range(flow.at_E[e]):  # noqa: SIM110 - numba compiles loops, not generators
-        if begin <= flow.at_EH[e, j] < end:
-            return True
-    return False
-
-
-@njit(cache=True)
-def _copy(flow: Flow, given: Layer, replicas_RS: Array, most: int, across: bool, batch: int) -> int:
-    """A batch of copies: to each rank, the deepest first, what drains most there, less what its slot computes now.
-
-    Node by node, as long as a copy drains a quarter of what the node's first one did. across: copies from another
-    node, or only from the own one. batch: how many at most; returned: how many were made.
-    """
-    wide_R, deep_R, tokens_ER = flow.wide_R, flow.deep_R, flow.tokens_ER
-    near_expert_P, near_rank_P, near_wide_P = flow.near_expert_P, flow.near_rank_P, flow.near_wide_P
-    n, made, end, ranks = 0, 0, 0, given.slots_R.size
+def _wide(flow: Flow, least: int) -> int:
+    """Holders that a copy could relieve of `least` tokens at least, into `pick_*_P`; how many."""
+    n = 0
     for e in range(flow.at_E.size):
         for j in range(flow.at_E[e]):
             u = flow.at_EH[e, j]
             flow.pick_expert_P[n], flow.pick_rank_P[n] = e, u
-            n += min(wide_R[u], tokens_ER[e, u]) >= given.least_gain
+            n += min(flow.wide_R[u], flow.tokens_ER[e, u]) >= least
+    return n
+
+
+@njit(cache=True)
+def _near(flow: Flow, n: int, begin: int, end: int, across: bool) -> int:
+    """Of the first n picks those whose expert a node holds (across: does not hold), into `near_*_P`; how many."""
+    near, whole = 0, end - begin == flow.load_R.size
+    for i in range(n):
+        e, u = flow.pick_expert_P[i], flow.pick_rank_P[i]
+        held = False
+        for j in range(flow.at_E[e]):
+            held |= begin <= flow.at_EH[e, j] < end
+        flow.near_expert_P[near], flow.near_rank_P[near] = e, u
+        flow.near_wide_P[near] = min(flow.wide_R[u], flow.tokens_ER[e, u])
+        near += whole or across != held
+    return near
+
+
+@njit(cache=True)
+def _pick(flow: Flow, given: Layer, r: int, deep: int, loss: int, least: int, near: int) -> tuple[int, int]:
+    """Which pick drains most through r, -1 for none, and how much, less what its slot computes now.
+
+    Ties go to what is needed ahead and to what has more tokens.
+    """
+    best, best_worth, pick = least - 1, -1, -1
+    for i in range(near):
+        e, gain = flow.near_expert_P[i], min(deep, flow.near_wide_P[i] - loss)
+        if gain < max(best, least) or flow.tokens_ER[e, r] >= 0:
+            continue
+        worth = -1
+        if gain == best:  # ties alone need to know what is ahead
+            if best_worth < 0:
+                best_worth = _tie(flow, given, pick, r)
+            worth = _tie(flow, given, i, r)
+        if gain > best or worth > best_worth:
+            best, best_worth, pick = gain, worth, i
+    return pick, best
+
+
+@njit(cache=True)
+def _tie(flow: Flow, given: Layer, pick: int, r: int) -> int:
+    e = flow.near_expert_P[pick]
+    return int(_worth(given, e, r) + flow.tokens_ER[e, flow.near_rank_P[pick]])
+
+
+@njit(cache=True)
+def _bring(flow: Flow, given: Layer, replicas_RS: Array, most: int, e: int, u: int, r: int, slot: int) -> None:
+    """A copy of e takes this slot of rank r, and what can drains at once: into u, from u to r, and on from r."""
+    old = replicas_RS[r, slot]
+    if old >= 0 and given.homes_E[old] != r:
+        _remove(flow, old, r)
+    replicas_RS[r, slot] = e
+    _add(flow, e, r)
+    amount = min(_incoming(flow, most, u), flow.tokens_ER[e, u], _outgoing(flow, most, r))
+    if amount > 0:
+        _draw(flow, u, amount)
+        _shift(flow, e, u, r, amount)
+        _pass(flow, r, min(amount, max(0, _outgoing(flow, most, r))))
+
+
+@njit(cache=True)
+def _fill(flow: Flow, given: Layer, replicas_RS: Array, most: int, begin: int, end: int, near: int, batch: int) -> int:
+    """Copies in one node, a batch at most: how many were made.
+
+    Each to the rank that is deepest by then, as long as a copy drains a quarter of what the first one did.
+    """
+    wide_R, deep_R, near_wide_P, made, least = flow.wide_R, flow.deep_R, flow.near_wide_P, 0, given.least_gain
+    widest = FAR
+    while made < batch and widest >= least:
+        r = begin
+        for other in range(begin + 1, end):
+            r = other if deep_R[other] > deep_R[r] else r
+        if deep_R[r] < least:
+            break
+        deep = _outgoing(flow, most, r)
+        if deep < deep_R[r]:  # copies made before took some of it
+            deep_R[r] = deep
+            continue
+        deep, deep_R[r] = deep_R[r], 0
+        slot, loss = _slot(flow, given, replicas_RS, r)
+        pick, gain = _pick(flow, given, r, deep, loss, least, near) if slot >= 0 else (-1, 0)
+        if pick < 0:
+            continue
+        e, u = flow.near_expert_P[pick], flow.near_rank_P[pick]
+        wide = _incoming(flow, most, u)
+        if wide < wide_R[u]:
+            deep_R[r] = deep  # it is asked again, by what u has left
+        else:
+            if loss > 0:
+                flow.to_rank_R[r] = r  # the way out may have led through the copy that goes
+            _bring(flow, given, replicas_RS, most, e, u, r, slot)
+            made, least = made + 1, max(least, (gain + 3) // 4)
+            wide = _incoming(flow, most, u)
+            deep_R[r] = max(0, _outgoing(flow, most, r)) if loss == 0 else 0
+            if wide <= 0 and deep_R[r] > 0 and flow.load_R[u] >= most:  # u passes on what r can take
+                deep_R[u] = min(deep_R[r], flow.tokens_ER[e, u])
+                flow.to_expert_R[u], flow.to_rank_R[u] = e, r
+        wide_R[u], widest = max(0, wide), 0
+        for i in range(near):
+            if flow.near_rank_P[i] == u:
+                near_wide_P[i] = min(wide_R[u], flow.tokens_ER[flow.near_expert_P[i], u])
+            widest = max(widest, near_wide_P[i])
+    return made
+
+
+@njit(cache=True)
+def _copy(flow: Flow, given: Layer, replicas_RS: Array, most: int, across: bool, batch: int) -> int:
+    """A batch of copies at most, node by node: how many were made. across: from another node, or only from the own."""
+    n, made, end, ranks = _wide(flow, given.least_gain), 0, 0, given.slots_R.size
     while end < ranks:
         begin = end
         while end < ranks and given.nodes_R[end] == given.nodes_R[begin]:
             end += 1
-        near, least = 0, given.least_gain
-        if deep_R[begin:end].max() < least:
-            continue
-        for i in range(n):
-            e, u = flow.pick_expert_P[i], flow.pick_rank_P[i]
-            near_expert_P[near], near_rank_P[near], near_wide_P[near] = e, u, min(wide_R[u], tokens_ER[e, u])
-            near += end - begin == ranks or across != _near(flow, e, begin, end)
-        while made < batch:
-            r = begin
-            for other in range(begin + 1, end):
-                r = other if deep_R[other] > deep_R[r] else r
-            if deep_R[r] < least:
-                break
-            deep = _outgoing(flow, most, r)
-            if deep < deep_R[r]:  # copies made before took some of it
-                deep_R[r] = deep
-                continue
-            deep = deep_R[r]
-            deep_R[r] = 0
-            slot, loss = _slot(flow, given, replicas_RS, r)
-            if slot < 0:
-                continue
-            best, best_worth, pick, widest = least - 1, -1, -1, 0
-            for i in range(near):
-                wide = near_wide_P[i]
-                widest = max(widest, wide)
-                gain = min(deep, wide - loss)
-                e = near_expert_P[i]
-                if gain < best or tokens_ER[e, r] >= 0 or gain < least:
-                    continue
-                worth = -1
-                if gain == best:  # ties alone need to know what is ahead
-                    if best_worth < 0:
-                        chosen = near_expert_P[pick]
-                        best_worth = _worth(given, chosen, r) + tokens_ER[chosen, near_rank_P[pick]]
-                    worth = _worth(given, e, r) + tokens_ER[e, near_rank_P[i]]
-                if gain > best or worth > best_worth:
-                    best, best_worth, pick = gain, worth, i
-            if widest < least:
-                break
-            if pick < 0:
-                continue
-            e, u = near_expert_P[pick], near_rank_P[pick]
-            wide = _incoming(flow, most, u)
-            if wide >= wide_R[u]:
-                old = replicas_RS[r, slot]
-                if old >= 0 and given.homes_E[old] != r:
-                    _remove(flow, old, r)
-                replicas_RS[r, slot] = e
-                _add(flow, e, r)
-                made += 1
-                least = max(least, (best + 3) // 4)
-                if loss > 0:
-                    flow.to_rank_R[r] = r
-                amount = min(_incoming(flow, most, u), tokens_ER[e, u], _outgoing(flow, most, r))
-                if amount > 0:
-                    _draw(flow, u, amount)
-                    _shift(flow, e, u, r, amount)
-                    _pass(flow, r, min(amount, max(0, _outgoing(flow, most, r))))
-                wide = _incoming(flow, most, u)
-                deep_R[r] = max(0, _outgoing(flow, most, r)) if loss == 0 else 0
-                if wide <= 0 and deep_R[r] > 0 and flow.load_R[u] >= most:
-                    deep_R[u] = min(deep_R[r], tokens_ER[e, u])
-                    flow.to_expert_R[u] = e
-                    flow.to_rank_R[u] = r
-            else:
-                deep_R[r] = deep
-            wide_R[u] = max(0, wide)
-            for i in range(near):
-                if near_rank_P[i] == u:
-                    near_wide_P[i] = min(wide_R[u], tokens_ER[near_expert_P[i], u])
+        if flow.deep_R[begin:end].max() >= given.least_gain:
+            near = _near(flow, n, begin, end, across)
+            if near > 0:
+                made += _fill(flow, given, replicas_RS, most, begin, end, near, batch - made)
     return made
 
 
