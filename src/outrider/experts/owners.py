@@ -128,7 +128,7 @@ def _replace(parameter: nn.Parameter, key: str, fresh: Tensor, optimizer: torch.
         optimizer.state[parameter][key] = fresh
     else:
         # the gradient's node of an older graph has the old shape: another type makes torch forget it
-        parameter.data = fresh.new_empty(0, dtype=torch.int8)
+        parameter.data = fresh.new_empty(0, dtype=torch.float32 if fresh.dtype == torch.bfloat16 else torch.bfloat16)
         parameter.data = fresh
 
 
