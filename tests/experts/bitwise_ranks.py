@@ -135,7 +135,7 @@ def random_plan(rng: Any, counts: Any, slots: int, homes: Any = None) -> StepPla
     """Any homes, any copies, any split: nothing about it is good, but it is a plan."""
     steps, layers, ranks, experts = counts.shape
     if homes is None:
-        homes = np.stack([rng.permutation(np.arange(experts) % ranks) for _ in range(layers)])
+        homes = rng.integers(ranks, size=(layers, experts))
     hosts_M, rows_M = [], []
     for m in range(steps):
         hosts = np.full((layers, ranks, experts), -1)

@@ -384,7 +384,7 @@ def check_states(rank: int) -> None:
 
 
 def check_relocation(rank: int) -> None:
-    """New homes every step, while old losses are still alive.
+    """New homes every step, of as many experts a rank and of others, none and all too; old losses are still alive.
 
     What moves keeps its bits, the optimizer's state too; then the model trains on as the stock model does.
     """
@@ -392,7 +392,7 @@ def check_relocation(rank: int) -> None:
     stock, (model, balanced) = build(), fresh()
     theirs, ours = adamw(stock), adamw(model)
     alive = []
-    for homes in ([0, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 1, 1]):
+    for homes in ([0, 1, 0, 1, 0, 1], [1, 0, 1, 1, 0, 1], [0] * EXPERTS, [1, 1, 0, 1, 1, 1]):
         theirs.zero_grad()
         ours.zero_grad()
         weights, state = balanced.state_dict(), balanced.optimizer_state_dict(ours)
