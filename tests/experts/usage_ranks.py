@@ -74,6 +74,18 @@ def check_frozen(rank: int) -> None:
     model.requires_grad_(False)
     balance(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    model, balanced = fresh()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." not in name)
+    with balanced.step(TABLE) as run:
+        with run.micro_step(0):
+            loss_of(model, IDS).backward()
+        run.finish_gradients()
+    mover = balanced.mover
+    sent = torch.tensor(mover.sent_bytes)
+    dist.all_reduce(sent)
+    weight_bytes = mover.copies_moved * mover.copies.numel * 4
+    assert int(sent) == weight_bytes > 0, "what gathers no gradient sends none home"
 
 
 def check_accumulation(rank: int) -> None:

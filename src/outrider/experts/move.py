@@ -339,15 +339,15 @@ class Mover:
         return self.blocks[layer].experts.weights_of(expert)
 
     def _bring_home(self, rows: Sequence[Sequence[int]]) -> None:
-        """Gradients of copies that end. In bitwise mode they lie in the bank's sums, and go home with Release."""
-        if self.exact:
-            for layer, expert, src, _, _ in rows:
-                if src == self.rank:
-                    self.copies.take_gradient(layer, expert)
-        else:
-            hops = [(src, dst, layer, expert) for layer, expert, src, dst, _ in rows]
-            for layer, expert, src, flat in self.exchange.experts(hops, self.copies.take_gradient, self.exchange.wide):
-                self.blocks[layer].experts.keep_gradient(expert, src, flat)
+        """Gradients of copies that end. Frozen experts have none; in bitwise mode they go home from sums, with Release."""
+        hops = []
+        for layer, expert, src, dst, _ in rows:
+            if not self.exact and self.blocks[layer].experts.learns:
+                hops.append((src, dst, layer, expert))
+            elif src == self.rank:
+                self.copies.take_gradient(layer, expert)
+        for layer, expert, src, flat in self.exchange.experts(hops, self.copies.take_gradient, self.exchange.wide):
+            self.blocks[layer].experts.keep_gradient(expert, src, flat)
         self.copies.returned()
 
     def _share(self, rows: Array) -> None:
