@@ -125,6 +125,7 @@ def test_nodes_that_do_not_divide_groups_are_one_node() -> None:
         ((2, 8), (9, 2, 2, 3), "num_gpus: 3 is no multiple of num_nodes, 2"),
         ((8,), (8, 1, 1, 4), "weight: shape"),
         ((2, 8), (8, 1, 1, 0), "num_gpus 0"),
+        ((2, 8), (8.0, 1, 1, 4), "num_replicas: 8.0. Give an integer"),
     ],
 )
 def test_what_does_not_divide_is_refused(shape: Any, sizes: Any, says: str) -> None:

@@ -139,6 +139,10 @@ def test_near_the_best_placement_there_is() -> None:
         {"counts_LRE": np.zeros((2, 3), int), "slots": 1},
         {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "previous_LRS": np.zeros((1, 2, 2), int)},
         {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "homes": np.zeros(3, int)},
+        {"counts_LRE": np.zeros((1, 2, 4)), "slots": 1},
+        {"counts_LRE": np.zeros((0, 2, 4), int), "slots": 1},
+        {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "previous_LRS": np.array([[[4], [-1]]])},
+        {"counts_LRE": np.zeros((1, 2, 4), int), "slots": 1, "previous_LRS": np.array([[[-2], [-1]]])},
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any]) -> None:
@@ -163,6 +167,8 @@ def asked(draw: st.DrawFn) -> dict[str, Any]:
         "ranks_per_node": each,
     }
     previous = plan(before, **options).replicas_LRS if draw(st.booleans()) else None
+    if draw(st.integers(0, 3)) == 0:  # from before homes, slots or ranks changed
+        previous = rng.integers(-1, experts, (layers, ranks, max(options["slots"][r] for r in open_ranks)))
     return options | {
         "counts_LRE": now,
         "previous_LRS": previous,
@@ -181,7 +187,12 @@ def test_laws_under_every_option(problem: dict[str, Any]) -> None:
     bias = np.zeros((layers, ranks), int) if problem["bias_LR"] is None else problem["bias_LR"].copy()
     bias[:, excluded] = 0
     before = problem["previous_LRS"]
-    before = np.full_like(step.replicas_LRS, -1) if before is None else before
+    before = np.full_like(step.replicas_LRS, -1) if before is None else before.copy()
+    for layer, rank in product(range(layers), range(ranks)):
+        slots = 0 if rank in excluded else problem["slots"][rank]
+        for slot, e in enumerate(before[layer, rank].tolist()):
+            stays = slot < slots and homes[layer, e] != rank and e not in before[layer, rank, :slot]
+            before[layer, rank, slot] = e if stays else -1
     assert (step.replicas_LRS[:, excluded] == -1).all(), "a copy on an excluded rank"
     assert not np.isin(step.quotas[:, 3], excluded).any(), "tokens for an excluded rank"
     sent = np.zeros((layers, ranks, experts), dtype=np.int64)
@@ -199,10 +210,16 @@ def test_laws_under_every_option(problem: dict[str, Any]) -> None:
         carried = counts[layer].sum(axis=0)[inside].sum() + bias[layer][union].sum()
         size = union.sum()
         assert not union[excluded].any()
-        assert most <= 0 or -(-carried // size) >= most or carried == 0, "the certificate proves nothing"
+        assert size > 0 and -(-carried // size) >= most, "the certificate proves nothing"
         for e in np.flatnonzero(inside & (counts[layer].sum(axis=0) > 0)):
             on = {int(homes[layer, e]), *np.nonzero((step.replicas_LRS[layer] == e).any(axis=1))[0].tolist()}
             assert union[sorted(on)].all(), "an expert of the certificate lives outside its ranks"
+    open_ranks = np.setdiff1d(np.arange(ranks), excluded)
+    near, anywhere = (
+        (found.rank_load() + bias)[:, open_ranks].max(axis=1)
+        for found in (step, plan(**problem | {"ranks_per_node": ranks}))
+    )
+    assert (near <= anywhere).all(), "near copies first, at the price of balance"
     if problem["least_gain"] > 1_000_000:
         assert not len(step.moves) and (step.replicas_LRS == before).all(), "a copy that gains too little was made"
 

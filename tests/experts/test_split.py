@@ -4,9 +4,11 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider.errors import CallerError
 from outrider.experts import Split, split
 
 Instance = tuple[Any, Any, Any]
@@ -89,3 +91,20 @@ def test_large_instances_are_certified() -> None:
         load = (rng.pareto(1.2, 64) * 50).astype(np.int64)
         instance = (load, np.sort(np.arange(64) % 16), rng.integers(-1, 64, (16, 2)))
         check(instance, split(*instance))
+
+
+@pytest.mark.parametrize(
+    ("load", "homes", "replicas"),
+    [
+        ([2**31, 9], [0, 1], [[1], [0]]),
+        ([-1, 9], [0, 1], [[1], [0]]),
+        ([3, 9], [0, 2], [[1], [0]]),
+        ([3, 9], [0, 1], [[2], [0]]),
+        ([3, 9], [0, 1], [[-2], [0]]),
+        ([3, 9], [0, 1, 1], [[1], [0]]),
+        ([3, 9], [0, 1], [1, 0]),
+    ],
+)
+def test_what_does_not_fit_is_refused(load: list[int], homes: list[int], replicas: list[Any]) -> None:
+    with pytest.raises(CallerError, match="split: "):
+        split(np.array(load), np.array(homes), np.array(replicas))

@@ -28,6 +28,14 @@ def rebalance_experts(
     """
     from outrider.experts import packing  # numba: heavy, and an optional dependency of the package
 
+    for name, number in (
+        ("num_replicas", num_replicas),
+        ("num_groups", num_groups),
+        ("num_nodes", num_nodes),
+        ("num_gpus", num_gpus),
+    ):
+        if not isinstance(number, (int, np.integer)):
+            raise CallerError(f"{name}: {number!r}. Give an integer.")
     tensor = hasattr(weight, "detach")
     loads = np.asarray(weight.detach().float().cpu().numpy() if tensor else weight, dtype=np.float32)
     flat = num_nodes > 0 and num_groups % num_nodes > 0

@@ -525,20 +525,49 @@ def _keep(flow: Flow, slots_R: Array, previous_RS: Array, replicas_RS: Array) ->
 
 
 @njit(cache=True)
+def standing(previous_LRS: Array, homes_LE: Array, slots_R: Array) -> tuple[Array, bool]:
+    """Copies that may stay: in a slot that is there, not beside their home, once a rank; and if all are experts."""
+    standing_LRS, known = np.full_like(previous_LRS, -1), True
+    layers, ranks, _ = previous_LRS.shape
+    experts = homes_LE.shape[1]
+    for layer in range(layers):
+        for r in range(ranks):
+            for s in range(slots_R[r]):
+                e = previous_LRS[layer, r, s]
+                known &= -1 <= e < experts
+                if 0 <= e < experts and homes_LE[layer, e] != r and not (standing_LRS[layer, r, :s] == e).any():
+                    standing_LRS[layer, r, s] = e
+    return standing_LRS, known
+
+
+@njit(cache=True)
 def _place_layer(
     flow: Flow, load_E: Array, ranks: int, given: Layer, previous_RS: Array, replicas_RS: Array, proof: Proof
 ) -> int:
-    """The lowest of four attempts, or the first that is perfect: from the copies that are there or from none, large
-    copies first or not. The flow and the proof are the result's."""
+    """The lowest of several attempts, or the first that is perfect: in batches, then copy by copy; near copies first,
+    or from anywhere; beside the copies that are there, or from none. The flow and the proof are the result's."""
     least = -(-(load_E.sum() + given.bias_R.sum()) // ranks)
     lowest = FAR
+    anywhere = Layer(
+        given.homes_E,
+        given.slots_R,
+        np.zeros_like(given.nodes_R),
+        given.bias_R,
+        given.spill_EH,
+        given.room_RH,
+        given.least_gain,
+    )
+    one_node = given.nodes_R[-1] == given.nodes_R[0]
     trial_RS = np.empty_like(previous_RS)
-    for attempt in range(4):
+    for attempt in range(8 if given.slots_R.sum() > 0 else 1):
+        near_first, batch = attempt % 2 == 0, FAR if attempt < 4 else 1
+        if one_node and not near_first:
+            continue
         trial_RS[:] = previous_RS
-        if attempt % 2 == 1:
+        if attempt // 2 % 2 == 1:
             trial_RS[:] = -1
         lay(flow, load_E, given.homes_E, given.bias_R, trial_RS)
-        improve(flow, least, given, trial_RS, FAR if attempt < 2 else 1)
+        improve(flow, least, given if near_first else anywhere, trial_RS, batch)
         most = exact(flow, ranks, proof)
         if most < lowest:
             lowest = most

@@ -73,7 +73,8 @@ def plan(
     counts_LRE      token-slots per layer, source rank and expert
     slots           spare slots of every rank, or of each rank
     homes           home rank of each expert, [experts] or [layers, experts]; None: contiguous
-    previous_LRS    replicas of the micro-step before; None: all slots are empty
+    previous_LRS    replicas of the micro-step before; None: all slots are empty. What cannot stay where it is (at home
+                    now, on an excluded rank, twice on one) is dropped
     ahead_HLE       token-slots per layer and expert of the next H micro-steps: copies that they need too are preferred
     ranks_per_node  copies inside a node come first; None: one node
     excluded        ranks that hold nothing and compute nothing; they may still be sources
@@ -85,8 +86,11 @@ def plan(
     """
     from outrider.experts import kernels, quotas  # numba: heavy, and an optional dependency of the package
 
-    if counts_LRE.ndim != 3:
-        raise CallerError(f"counts: shape {counts_LRE.shape}. Give [layers, ranks, experts] of one micro-step.")
+    if counts_LRE.ndim != 3 or counts_LRE.dtype.kind not in "iu" or 0 in counts_LRE.shape:
+        raise CallerError(
+            f"counts: {counts_LRE.dtype} of shape {counts_LRE.shape}. Give integers [layers, ranks, experts] of one"
+            " micro-step."
+        )
     layers, ranks, experts = counts_LRE.shape
     slots_R = slots_of(slots, ranks, excluded)
     width = int(slots_R.max(initial=0))
@@ -103,8 +107,12 @@ def plan(
     bias_given_LR = np.zeros((layers, ranks), dtype=np.int64)
     if bias_LR is not None:
         bias_given_LR[:] = bias_LR
+        bias_given_LR -= bias_given_LR.min(axis=1, keepdims=True)  # what counts is differences, and loads stay positive
         bias_given_LR[:, list(excluded)] = 0  # they carry nothing, so that they are neither slow nor fast
     _check(load_LE, least, ranks, previous_LRS, (layers, ranks, width), ahead_LHE)
+    previous_LRS, known = kernels.standing(previous_LRS, homes_LE, slots_R)
+    if not known:
+        raise CallerError(f"previous: holds an expert that is none. Give ids from 0 to {experts - 1}, -1 for no copy.")
 
     replicas_LRS, most_L = np.empty_like(previous_LRS), np.empty(layers, dtype=np.int64)
     proof_LE, proof_LR = np.empty((layers, experts), dtype=np.int64), np.empty((layers, ranks), dtype=np.int64)
