@@ -68,6 +68,11 @@ def test_a_person_reads_a_table_and_an_explanation(routes: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "largest / least that integers allow" in done.stdout
     assert "Layer 1, micro-step 0: 256 token-slots on 4 ranks" in done.stdout
+    some = ("plan", routes, "--ep", "4", "--microbatch-seqs", "2", "--exclude", "1", "--json", "--explain", "1,0")
+    without, again = (json.loads(run(*some, *more).stdout) for more in ([], ["--exclude", "1"]))
+    assert without["digest"] == again["digest"] and without["over_bound"] == again["over_bound"]
+    assert without["relocated_experts"] == without["tiers"]["relocation"] == 0
+    assert "256 token-slots on 3 ranks" in without["explain"] and "even shares would be 86" in without["explain"]
 
 
 def test_the_doctor_answers_both_ways(routes: Path, tmp_path: Path) -> None:
@@ -90,6 +95,7 @@ def test_the_doctor_answers_both_ways(routes: Path, tmp_path: Path) -> None:
         (["--ep", "4"], "micro-batches"),
         (["--ep", "4", "--microbatch-tokens", "128", "--planner", "magic"], "magic"),
         (["--ep", "4", "--microbatch-tokens", "128", "--explain", "one"], "LAYER,MICROSTEP"),
+        (["--ep", "4", "--microbatch-tokens", "128", "--explain", "99,0"], "Count from 0"),
         (["--ep", "4", "--microbatch-tokens", "128", "--out", "/nowhere/plan.npz"], "/nowhere/plan.npz"),
     ],
 )

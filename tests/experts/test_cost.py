@@ -201,7 +201,9 @@ def test_shapes_and_links_by_hand(tmp_path: Any) -> None:
     file.write_text("near_bytes_s = 1e9\nfar_bytes_s = 2e9\n")
     assert links_of(str(file)) == Links(1e9, 2e9)
     assert links_of("ib") == LINKS["ib"]
-    for wrong in ("near_bytes_s = 1e9", "near_bytes_s = 'x'\nfar_bytes_s = 1.0", "= 3", "speed = 1.0"):
+    broken = ["near_bytes_s = 1e9", "near_bytes_s = 'x'\nfar_bytes_s = 1.0", "= 3", "speed = 1.0"]
+    broken += [f"near_bytes_s = {rate}\nfar_bytes_s = 2e9" for rate in ("0", "-1.0", "nan", "inf")]
+    for wrong in (*broken, "near_bytes_s = 1e9\nfar_bytes_s = 2e9\nlatency_s = -1.0"):
         file.write_text(wrong)
         with pytest.raises(CallerError, match=r"mine\.toml"):
             links_of(str(file))

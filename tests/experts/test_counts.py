@@ -128,8 +128,8 @@ def test_a_table_that_does_not_fit_is_refused(change: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        ({}, "not both"),
-        ({"microbatch_tokens": 1, "microbatch_seqs": 1}, "not both"),
+        ({}, "no size. Give either tokens .--microbatch-tokens. or"),
+        ({"microbatch_tokens": 1, "microbatch_seqs": 1}, "more than one size"),
         ({"microbatch_tokens": 5}, "has 4, so there is no whole one"),
         ({"microbatch_seqs": 0}, "Give 1 to 1"),
         ({"microbatch_tokens": 2, "experts": 7}, "another model"),

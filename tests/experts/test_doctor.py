@@ -4,7 +4,9 @@ import re
 from typing import Any
 
 import numpy as np
+import pytest
 
+from outrider.errors import CallerError
 from outrider.experts.cost import LINKS, SHAPES, Cost
 from outrider.experts.doctor import LAYERS, SCALES, SLOTS, Advice, advise
 
@@ -19,7 +21,7 @@ def test_it_pays_where_one_expert_is_hot() -> None:
     found = advice([10, 1, 1, 1, 1, 1, 1, 1], 1000)
     assert found.slots > 0 and found.saved > 0.3
     words = " ".join(found.words)
-    assert "waiting for the fullest rank" in words
+    assert "waiting for the fullest one" in words
     assert f"Balancing pays: {found.slots} spare slot(s)" in words
     assert "between nodes" not in words, "there is one"
     assert "so one placement serves most of the step" in words
@@ -46,6 +48,20 @@ def test_it_does_not_pay_where_copies_cost_more_than_they_save() -> None:
     small, large = advice([10, 1, 1, 1, 1, 1, 1, 1], 1, "pcie"), advice([10, 1, 1, 1, 1, 1, 1, 1], 3000, "pcie")
     assert small.saved < large.saved
     assert small.slots < large.slots
+
+
+def test_waiting_is_told_from_padding() -> None:
+    """One rank of four computes all, in whole tiles: three wait. Even loads of an eighth of a tile hardly wait."""
+    hot, thin = advice([10, 0, 0, 0, 0, 0, 0, 0], 12800, layers=1), advice([1] * 8, 4, layers=1)
+    assert 0.5 < hot.waiting < 0.75 and hot.padding < 0.01  # all are on their links for a while
+    assert thin.waiting < 0.2 and thin.padding > 0.8
+    assert "only fill up GEMM tiles" in thin.words[0] and "only fill up" not in hot.words[0]
+    assert len(set(hot.saved_by_scale.values())) == len(SCALES), "micro-batches of four sizes save four shares"
+
+
+def test_no_routes_at_all_are_the_callers_fault() -> None:
+    with pytest.raises(CallerError, match="no token of these micro-batches has a route"):
+        advice([0] * 8, 1)
 
 
 def test_its_figures_belong_together() -> None:

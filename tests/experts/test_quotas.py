@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.experts import Plan, contiguous_homes, plan
-from outrider.experts.quotas import recount, spread
+from outrider.experts.quotas import by_source, recount
 
 
 def ways(counts: list[int], shares: list[int]) -> Any:
@@ -43,7 +43,7 @@ def test_no_token_goes_farther_than_it_must(problem: tuple[list[int], list[int],
     nodes = np.arange(len(counts)) // size
     rows = np.array([(0, 0, rank, tokens) for rank, tokens in zip(holders, shares, strict=True) if tokens > 0])
     table = np.array(counts, dtype=np.int64).reshape(1, -1, 1)
-    quotas = spread(table, rows.reshape(-1, 4).astype(np.int64), nodes)
+    quotas = by_source(table, rows.reshape(-1, 4).astype(np.int64), nodes)
 
     def gone(entries: Any) -> tuple[int, int]:
         away = sum(int(nodes[q] != nodes[r]) * tokens for q, r, tokens in entries)

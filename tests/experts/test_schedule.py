@@ -82,6 +82,14 @@ def _higher(most: Any) -> None:
         ("quota", _double, "out of order"),
         ("hosts", _no_holder, "does not hold"),
         ("most", _higher, "not the largest"),
+        ("proof_experts", lambda proof: proof * 1000, "proof_experts beyond 0..1"),
+        ("tiers", lambda tiers: tiers + 9, "tiers beyond 0..3"),
+        ("homes", lambda homes: homes + 77, "homes beyond"),
+        ("hosts", lambda hosts: hosts + 77, "hosts beyond"),
+        ("quota", lambda quota: quota[:, :5], "quota of shape"),
+        ("quota", lambda quota: np.add(quota, [0, 0, 9, 0, 0, 0]), "that is not there"),
+        ("quota", lambda quota: np.add(quota, [7, 0, 0, 0, 0, 0]), "that is not there"),
+        ("quota", lambda quota: np.subtract(quota, [0, 0, 0, 0, 9, 0]), "that is not there"),
     ],
 )
 def test_a_broken_law_is_named(step: StepPlan, name: str, change: Callable[[Any], Any], words: str) -> None:

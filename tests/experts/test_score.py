@@ -11,7 +11,7 @@ from outrider.experts.adapters import plans
 from outrider.experts.cost import SHAPES, Cost, Links
 from outrider.experts.peers import make
 from outrider.experts.schedule import StepPlan, assemble
-from outrider.experts.score import score, seconds, spread
+from outrider.experts.score import score, seconds, summary
 from outrider.experts.search import search
 
 M, L, R, E = 5, 3, 4, 12
@@ -92,4 +92,4 @@ def test_excluded_ranks_do_not_lower_the_mean() -> None:
 
 
 def test_spread_of_one_value() -> None:
-    assert spread([2.0]) == {"mean": 2.0, "p50": 2.0, "p95": 2.0, "max": 2.0}
+    assert summary([2.0]) == {"mean": 2.0, "p50": 2.0, "p95": 2.0, "max": 2.0}

@@ -54,6 +54,9 @@ def test_every_figure_is_there(routes: Path, planner: str) -> None:
     assert (result["layers"], result["micro_steps"], result["ranks"], result["experts"]) == (2, 4, 4, 8)
     assert result["plan_us_per_layer"] > 0 and result["count_us_per_layer"] > 0
     assert min(result["over_bound"].values()) >= 1
+    assert result["search_us_per_layer"] > result["plan_us_per_layer"]
+    moved, tiers = result["copies_moved"], result["tiers"]
+    assert (moved > 0) == (tiers["replicas"] + tiers["relocation"] > 0) and sum(tiers.values()) == 2 * 4
     assert result["modelled_s"] > 0 and result["force_balanced_s"] > 0
     assert msgspec.json.decode(msgspec.json.encode(result)) == result
 
@@ -107,7 +110,7 @@ def test_objective_time_and_excluded_ranks(routes: Path) -> None:
         ({"domain": "poetry"}, "poetry"),
         ({"experts": 4}, "another model"),
         ({"microbatch_tokens": 1000}, "no whole one"),
-        ({"microbatch_seqs": 2}, "not both"),
+        ({"microbatch_seqs": 2}, "more than one size"),
         ({"ranks": 4, "ranks_per_node": 3}, "divide"),
         ({"excluded": (9,)}, "excluded"),
         ({"format": "stone"}, "stone"),

@@ -87,6 +87,8 @@ def plan(
     with bars(json) as shown:
         bar = shown.add_task("micro-steps planned", total=None)
         found, result = study.run(routing, asked, lambda: shown.advance(bar))
+        if where:
+            result["explain"] = found.explain(*where)
         if out:
             plans.save(found, out)
         if plot:
@@ -102,7 +104,7 @@ def plan(
     console = Console()
     console.print(tables.planned(result))
     if where:
-        console.print(found.explain(*where), highlight=False, markup=False)
+        console.print(result["explain"], highlight=False, markup=False)
     for words, path in (("Plan", out), ("Plot", plot)):
         if path:
             console.print(f"{words}: {path}", soft_wrap=True, highlight=False)

@@ -22,6 +22,7 @@ last, the gradients of all copies go home while the layer before runs backward, 
 layer's are waited for. The form is ours; rates are assumptions until calibrated. Optimizer state is left out.
 """
 
+import math
 from types import MappingProxyType
 from typing import Any
 
@@ -37,11 +38,21 @@ PASSES = 4.0  # one forward in recompute, three forwards' worth in the update
 
 
 class Links(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Effective rates of one rank, bytes/s: `near` inside a node, `far` between nodes; latency of a copy in seconds."""
+    """Effective rates of one rank, bytes/s: `near` inside a node, `far` between nodes; latency of a copy in seconds.
+
+    ValueError for rates that are none: 0, negative, endless.
+    """
 
     near_bytes_s: float
     far_bytes_s: float
     latency_s: float = 20e-6
+
+    def __post_init__(self) -> None:
+        for name, value in (("near_bytes_s", self.near_bytes_s), ("far_bytes_s", self.far_bytes_s)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, which is no rate")
+        if not 0 <= self.latency_s < math.inf:
+            raise ValueError(f"latency_s is {self.latency_s}, which is no time")
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +76,7 @@ class Cost(msgspec.Struct, frozen=True):
     flop_s: float = 400e12
     tile_rows: int = 128
     launch_s: float = 0.2e-6
-    row_scale: int = 1
+    row_scale: float = 1
     shared_links: bool = True
 
     @property
@@ -131,7 +142,7 @@ class Modelled(msgspec.Struct, frozen=True, eq=False):
     @property
     def exposed_total_s(self) -> float:
         """Seconds of the RL step in which compute waits for copies."""
-        return float(self.layers_s.sum() - PASSES * self.layer_s.sum())
+        return float((self.recompute_wait_s + self.update_wait_s).sum() + self.last_wait_s.sum())
 
     @property
     def total_s(self) -> float:

@@ -67,12 +67,17 @@ def micro_batches(routing: Routing, microbatch_tokens: int | None = None, microb
     given and at least one micro-batch is whole.
     """
     if (microbatch_tokens is None) == (microbatch_seqs is None):
-        raise CallerError("micro-batches: give either a number of tokens or a number of sequences, not both.")
+        raise CallerError(
+            f"micro-batches: {'no' if microbatch_tokens is None else 'more than one'} size. Give either tokens"
+            " (--microbatch-tokens) or whole sequences (--microbatch-seqs)."
+        )
     size, there, unit = (
         (microbatch_tokens, routing.tokens, "tokens")
         if microbatch_tokens is not None
         else (microbatch_seqs or 0, routing.sequences, "sequences")
     )
+    if not there:
+        raise CallerError("micro-batches: the table has no tokens. Give one that holds routes.")
     if not 0 < size <= there:
         raise CallerError(
             f"micro-batch of {size} {unit}: the table has {there}, so there is no whole one. Give 1 to {there}."

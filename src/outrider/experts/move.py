@@ -339,7 +339,7 @@ class Mover:
         return self.blocks[layer].experts.weights_of(expert)
 
     def _bring_home(self, rows: Sequence[Sequence[int]]) -> None:
-        """Gradients of copies that end. Frozen experts have none; in bitwise mode they come home as sums, at the end."""
+        """Gradients of copies that end. Frozen experts have none; in bitwise mode they come home as sums, last."""
         hops = []
         for layer, expert, src, dst, _ in rows:
             if not self.exact and self.blocks[layer].experts.learns:

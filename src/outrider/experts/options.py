@@ -35,7 +35,9 @@ def study_of(options: Mapping[str, Any]) -> Any:
             f"--ep {ranks} --nodes {nodes}: ranks do not divide. Give a number of nodes that divides them."
         )
     named = {name: options[name] for name in Study.__struct_fields__ if name in options}
-    return Study(ranks=ranks, ranks_per_node=ranks // nodes, excluded=tuple(options.get("exclude") or ()), **named)
+    return Study(
+        ranks=ranks, ranks_per_node=ranks // nodes, excluded=tuple(sorted(set(options.get("exclude") or ()))), **named
+    )
 
 
 def pair_of(text: str) -> tuple[int, int]:

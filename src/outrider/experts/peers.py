@@ -8,7 +8,7 @@
     lplb-like       EPLB without copies, then a fixed graph of them  exactly, each micro-step           once
     flexmoe-like    vExperts, adjusted to the micro-step before      evenly over vExperts               as it adjusts
     llep-like       contiguous homes, spills over the cap            as it spills                       every time
-    force-balanced  the limit: any expert on any rank                equal ranks, to a token            not counted
+    force-balanced  the limit: any expert on any rank                equal ranks, to a token            every time
 
 Each has what it is described to have, and what foresight gives at no cost: `eplb` and `split` see the whole step, while
 the published ones see history. FlexMoE's Migrate, LPLB's solver (any optimum equals ours) and LLEP's token order are
@@ -172,7 +172,7 @@ def _llep(given: Given) -> Peer:
                 tokens_LER[layer] = rivals.spill(load_E, homes_LE[layer], ranks, LLEP_FACTOR, least)
         shares = np.argwhere(tokens_LER)
         shares = np.column_stack([shares, tokens_LER[tuple(shares.T)]])
-        return _hosts(given, shares[:, [0, 1, 2]]), quotas.spread(counts_LRE, shares, given.nodes_R)
+        return _hosts(given, shares[:, [0, 1, 2]]), quotas.by_source(counts_LRE, shares, given.nodes_R)
 
     return Peer(given.homes_LE, step)
 
@@ -256,7 +256,7 @@ def _exactly(given: Given, m: int, hosts_LRX: Array) -> Array:
         best = split(load_E, homes_LE[layer], hosts_LRX[layer])
         line = np.column_stack([np.full(len(best.expert), layer), best.expert, best.rank, best.tokens])
         shares.append(line[best.tokens > 0])
-    return quotas.spread(counts_LRE, np.concatenate(shares).astype(np.int64), given.nodes_R)
+    return quotas.by_source(counts_LRE, np.concatenate(shares).astype(np.int64), given.nodes_R)
 
 
 def _first_hosts(given: Given, hosts_LRX: Array) -> Array:

@@ -134,11 +134,18 @@ def plan(
     proof_LR[:, list(excluded)] = 0  # where all ranks are the certificate, those that may compute are meant
     rows: Any = np.empty((cells + 2 * len(shares) + 1, 5), dtype=np.int32)
     rows = rows[: quotas.fill(rows, counts_LRE, shares, nodes_R)]
+    check_rows(rows, counts_LRE, homes_LE, replicas_LRS, most_L)
+    moves = quotas.moved(replicas_LRS, previous_LRS, homes_LE)
+    return Plan(replicas_LRS, rows, moves, most_L, proof_LE, proof_LR)
+
+
+def check_rows(rows: Array, counts_LRE: Array, homes_LE: Array, replicas_LRS: Array, most_L: Array) -> None:
+    """LawBroken, naming the row, where quota rows do not come out (quotas.recount)."""
+    from outrider.experts import quotas  # numba: heavy
+
     bad = quotas.recount(rows, counts_LRE, homes_LE, replicas_LRS, most_L)
     if bad >= 0:
         raise LawBroken(6, f"quota row {bad} of {len(rows)} does not come out: {rows[bad : bad + 1].tolist()}")
-    moves = quotas.moved(replicas_LRS, previous_LRS, homes_LE)
-    return Plan(replicas_LRS, rows, moves, most_L, proof_LE, proof_LR)
 
 
 def slots_of(slots: int | Sequence[int], ranks: int, excluded: Sequence[int] = ()) -> Array:

@@ -30,18 +30,19 @@ def tally(counts_LRE: Array) -> tuple[Array, int, int]:
 
 
 @njit(cache=True)
-def spread(counts_LRE: Array, shares: Array, nodes_R: Array) -> Array:
+def by_source(counts_LRE: Array, shares: Array, nodes_R: Array) -> Array:
     """Quota rows [n, 5]: layer, expert, source, rank, tokens; sorted by the first four, tokens positive.
 
     shares [m, 4]  layer, expert, rank, tokens, sorted; they add up to the counts of each layer and expert
     """
-    rows = np.empty((np.count_nonzero(counts_LRE) + len(shares) * 2 + 1, 5), dtype=np.int64)
-    return rows[: fill(rows, counts_LRE, shares, nodes_R)]
+    rows: Any = np.empty((np.count_nonzero(counts_LRE) + len(shares) * 2 + 1, 5), dtype=np.int32)
+    found: Array = rows[: fill(rows, counts_LRE, shares, nodes_R)]
+    return found
 
 
 @njit(cache=True)
 def fill(rows: Array, counts_LRE: Array, shares: Array, nodes_R: Array) -> int:
-    """Write what `spread` returns into the first of `rows`; how many they are.
+    """Write what `by_source` returns into the first of `rows`; how many they are.
 
     Room for one row a (layer, source, expert) with tokens, two a share and a last one is enough: each row is written,
     and counted then if it has tokens. Rows of 32 bits are twice as quick: fresh memory costs more than the sums.

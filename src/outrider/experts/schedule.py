@@ -72,6 +72,7 @@ class StepPlan(msgspec.Struct, frozen=True, eq=False):
         Quotas positive, sorted, on hosts only; they add up to the counts; `most` is the largest load; every expert has
         its home among the hosts; a certificate that is there proves what it claims.
         """
+        self._check_ranges()
         layers, steps, ranks, experts = self.shape
         present = hosted(self.hosts, experts)
         layer, step, source, expert, rank, tokens = self.quota.astype(np.int64).T
@@ -95,6 +96,37 @@ class StepPlan(msgspec.Struct, frozen=True, eq=False):
             _law(counts.shape == (layers, steps, ranks, experts), f"counts {counts.shape} are of another step")
             _law(bool((sums.reshape(counts.shape) == counts).all()), "quotas do not add up to the counts")
 
+    def _check_ranges(self) -> None:
+        """Shapes that belong together, and numbers that name what is there."""
+        layers, steps, ranks, experts = self.shape
+        shapes = {
+            "homes": (layers, experts),
+            "hosts": (layers, steps, ranks, self.hosts.shape[-1]),
+            "quota": (len(self.quota), 6),
+            "most": (layers, steps),
+            "tiers": (layers, steps),
+            "proof_experts": (layers, steps, experts),
+            "proof_ranks": (layers, steps, ranks),
+        }
+        limits = {
+            "homes": (0, ranks),
+            "hosts": (-1, experts),
+            "tiers": (0, len(TIERS)),
+            "proof_experts": (0, 2),
+            "proof_ranks": (0, 2),
+        }
+        for name, shape in shapes.items():
+            _law(getattr(self, name).shape == shape, f"{name} of shape {getattr(self, name).shape}, not {shape}")
+        for name, (least, limit) in limits.items():
+            array = getattr(self, name)
+            _law(
+                not array.size or (array.min() >= least and array.max() < limit), f"{name} beyond {least}..{limit - 1}"
+            )
+        if len(self.quota):
+            low, high = self.quota.min(axis=0), self.quota.max(axis=0)
+            inside = (low[:5] >= 0).all() and (high[:5] < (layers, steps, ranks, experts, ranks)).all()
+            _law(bool(inside), "a quota of a layer, micro-step, rank or expert that is not there")
+
     def _check_proof(self, present: Any, total: Any) -> None:
         given = self.proof_ranks.any(axis=2)
         inside = (total * self.proof_experts).sum(axis=2)
@@ -114,9 +146,10 @@ class StepPlan(msgspec.Struct, frozen=True, eq=False):
         load = np.bincount(rows[:, 4], weights=rows[:, 5], minlength=ranks).astype(int)
         total = np.bincount(rows[:, 3], weights=rows[:, 5], minlength=experts).astype(int)
         home = np.bincount(self.homes[layer], weights=total, minlength=ranks).astype(int)
-        least = -(-int(load.sum()) // ranks)
+        holding = int((self.hosts >= 0).any(axis=(0, 1, 3)).sum())  # excluded ranks hold nothing
+        least = -(-int(load.sum()) // holding)
         lines = [
-            f"Layer {layer}, micro-step {step}: {int(load.sum())} token-slots on {ranks} ranks, tier"
+            f"Layer {layer}, micro-step {step}: {int(load.sum())} token-slots on {holding} ranks, tier"
             f" {TIERS[self.tiers[layer, step]]!r}.",
             f"Largest rank load {int(load.max(initial=0))}; at home it would be {int(home.max(initial=0))},"
             f" even shares would be {least}.",

@@ -11,7 +11,7 @@ from outrider.experts.plan import contiguous_homes
 from outrider.experts.schedule import TIERS, StepPlan
 
 
-def spread(values: Any) -> dict[str, float]:
+def summary(values: Any) -> dict[str, float]:
     """mean, p50, p95 and max over layers and micro-steps; an idle one counts as 1."""
     flat = np.asarray(values, dtype=np.float64).ravel()
     at = {"p50": 50, "p95": 95}
@@ -35,13 +35,13 @@ def score(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int] = ()) -> d
     moved = new_copies(plan).sum(axis=(2, 3))
     at_home = np.where(busy, _at_home(plan, counts_MLRE, excluded).max(axis=2) * open_ranks / total_LM.clip(min=1), 1.0)
     return {
-        "imbalance": spread(np.where(busy, most_LM * open_ranks / total_LM.clip(min=1), 1.0)),
-        "over_bound": spread(np.where(busy, most_LM / least_LM.clip(min=1), 1.0)),
-        "imbalance_at_home": spread(at_home),
+        "imbalance": summary(np.where(busy, most_LM * open_ranks / total_LM.clip(min=1), 1.0)),
+        "over_bound": summary(np.where(busy, most_LM / least_LM.clip(min=1), 1.0)),
+        "imbalance_at_home": summary(at_home),
         "copies_moved": int(moved.sum()),
         "copies_per_layer_microstep": float(moved.mean()),
         "tiers": {name: int((plan.tiers == i).sum()) for i, name in enumerate(TIERS)},
-        "relocated_experts": int(_relocated(plan).sum()),
+        "relocated_experts": int(_relocated(plan, excluded).sum()),
         "digest": plan.digest(),
     }
 
@@ -67,5 +67,5 @@ def _at_home(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int]) -> Arr
     return load
 
 
-def _relocated(plan: StepPlan) -> Any:
-    return plan.homes != contiguous_homes(plan.shape[3], plan.shape[2])
+def _relocated(plan: StepPlan, excluded: Sequence[int]) -> Any:
+    return plan.homes != contiguous_homes(plan.shape[3], plan.shape[2], excluded)

@@ -57,8 +57,9 @@ def search(
     if objective not in ("balance", "time") or (objective == "time" and cost is None):
         raise CallerError(f"objective {objective}: give `balance`, or `time` together with a cost model.")
     _, layers, ranks, experts = counts_MLRE.shape
+    excluded = tuple(sorted(set(excluded)))
     homes_LE = homes_of(homes, layers, experts, ranks, excluded)
-    way = Way(counts_MLRE, slots_of(slots, ranks, excluded), ranks_per_node or ranks, tuple(excluded), progress)
+    way = Way(counts_MLRE, slots_of(slots, ranks, excluded), ranks_per_node or ranks, excluded, progress)
     found = _fastest(way, homes_LE, cost) if cost and objective == "time" else _balanced(way, homes_LE)
     moved_L = (found.homes != homes_LE).any(axis=1)
     found.tiers[moved_L, 0] = RELOCATION

@@ -1,7 +1,8 @@
 """One planning study: read routes, count, plan with a named planner, time it, score it. A door; called by `cli`.
 
-Times are measured here on this machine (medians over micro-steps, a layer each); seconds under `modelled` names are
-the cost model's, never measured.
+Times are measured here on this machine, a layer and micro-step each: `plan_us_per_layer`, the median of planning one,
+counts in, checked quotas and certificate out; `search_us_per_layer`, all that was tried, compiling too.
+Seconds under `modelled` names are the cost model's, never measured.
 """
 
 import statistics
@@ -15,14 +16,15 @@ import numpy as np
 
 from outrider.errors import CallerError
 from outrider.experts.adapters import plans, read
-from outrider.experts.cost import Cost, shape_of
+from outrider.experts.cost import Cost, new_copies, shape_of
 from outrider.experts.events import Array
 from outrider.experts.foresee import counts
 from outrider.experts.peers import PEERS, make
-from outrider.experts.plan import slots_of
-from outrider.experts.schedule import StepPlan, assemble
+from outrider.experts.plan import contiguous_homes, slots_of
+from outrider.experts.schedule import Small, StepPlan, assemble
 from outrider.experts.score import score, seconds
 from outrider.experts.search import search
+from outrider.experts.ways import NOTHING, RELOCATION, REPLICAS, SPLIT
 
 OURS = "foresight"
 
@@ -109,6 +111,7 @@ def plan(counted: Counted, study: Study, progress: Callable[[], None] = lambda: 
         hosts_M = [np.pad(h, ((0, 0), (0, 0), (0, width - h.shape[2])), constant_values=-1) for h, _ in steps]
         rows_M = [rows for _, rows in steps]
         found = assemble(study.planner, peer.homes_LE, hosts_M, rows_M, ranks_per_node=study.ranks_per_node)
+        found = msgspec.structs.replace(found, tiers=_tiers(found))
     return found, statistics.median(np.diff(ticks_s).tolist()) * 1e6 / table.shape[1]
 
 
@@ -117,7 +120,9 @@ def run(path: Path, study: Study, progress: Callable[[], None] = lambda: None) -
     if study.planner not in (OURS, *PEERS):
         raise CallerError(f"planner {study.planner}: none of {', '.join((OURS, *PEERS))}. Name one of them.")
     counted = count(path, study)
+    began_s = time.perf_counter()
     found, plan_us = plan(counted, study, progress)
+    search_us = (time.perf_counter() - began_s) * 1e6 / found.most.size
     found.validate(counted.counts_MLRE)
     layers, steps, ranks, experts = found.shape
     return found, {
@@ -134,7 +139,20 @@ def run(path: Path, study: Study, progress: Callable[[], None] = lambda: None) -
         **score(found, counted.counts_MLRE, study.excluded),
         **seconds(found, counted.counts_MLRE, study.cost),
         "plan_us_per_layer": plan_us,
+        "search_us_per_layer": search_us,
         "count_us_per_layer": counted.count_us,
         "modelled": "bytes_moved, modelled_s, force_balanced_s and exposed_s come from a cost model, not a clock",
         "notes": list(counted.notes),
     }
+
+
+def _tiers(found: StepPlan) -> Small:
+    """[L, M] the cheapest tier that describes what a rival did."""
+    _, _, ranks, experts = found.shape
+    tiers_LM = np.full(found.most.shape, NOTHING, dtype=np.int32)
+    layer, m, expert, rank = found.quota[:, [0, 1, 3, 4]].T
+    away = found.homes[layer, expert] != rank
+    tiers_LM[layer[away], m[away]] = SPLIT
+    tiers_LM[new_copies(found).any(axis=(2, 3))] = REPLICAS
+    tiers_LM[(found.homes != contiguous_homes(experts, ranks)).any(axis=1), 0] = RELOCATION
+    return tiers_LM

@@ -25,7 +25,10 @@ def planned(result: dict[str, Any]) -> Group:
         table,
         listed(
             ("copies moved, a layer and micro-step", f"{result['copies_per_layer_microstep']:.2f}"),
-            ("planning, us a layer and micro-step", f"{result['plan_us_per_layer']:.0f}"),
+            (
+                "planning, us a layer and micro-step",
+                f"{result['plan_us_per_layer']:.0f} (all that was tried: {result['search_us_per_layer']:.0f})",
+            ),
             ("modelled seconds (even gate)", f"{result['modelled_s']:.3f} ({result['force_balanced_s']:.3f})"),
             ("modelled seconds exposed by copies", f"{result['exposed_s']:.4f}"),
             ("tiers", tiers),

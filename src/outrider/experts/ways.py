@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 
-from outrider.errors import LawBroken
 from outrider.experts.cost import Cost
 from outrider.experts.events import Array
-from outrider.experts.plan import Plan, plan
+from outrider.experts.plan import Plan, check_rows, plan
 from outrider.experts.schedule import TIERS, StepPlan, assemble, with_homes
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
@@ -233,10 +232,8 @@ def _by_source(counts_LRE: Array, shares: Array, homes_LE: Array, replicas_LRS: 
     shares = shares[np.lexsort(shares[:, 2::-1].T)]
     load_LR = np.bincount(shares[:, 0] * ranks + shares[:, 2], shares[:, 3], layers * ranks).reshape(layers, ranks)
     counts_LRE = np.ascontiguousarray(counts_LRE, dtype=np.int64)
-    rows: Array = quotas.spread(counts_LRE, shares, nodes_R)
-    bad = quotas.recount(rows, counts_LRE, homes_LE, replicas_LRS, load_LR.max(axis=1).astype(np.int64))
-    if bad >= 0:
-        raise LawBroken(6, f"quota row {bad} of {len(rows)} does not come out: {rows[bad : bad + 1].tolist()}")
+    rows: Array = quotas.by_source(counts_LRE, shares, nodes_R)
+    check_rows(rows, counts_LRE, homes_LE, replicas_LRS, load_LR.max(axis=1).astype(np.int64))
     return rows
 
 

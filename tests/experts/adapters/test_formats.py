@@ -107,7 +107,7 @@ def test_all_domains_follow_one_another(routing: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.npz", b"PK\x03\x04 not a zip", "neither npz, torch.save nor JSON"),
+        ("x.npz", b"PK\x03\x04 not a zip", "begins as a zip and does not end as one"),
         ("x.json", b'{"choices": [', "neither npz, torch.save nor JSON"),
         ("x.json", b'{"choices": []}', r"keys choices, which no reader takes.*routed_experts"),
         ("x.json", b"[3]", "a int, not an object"),

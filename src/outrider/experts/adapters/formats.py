@@ -116,6 +116,9 @@ def recognise(path: Path) -> str:
         )
     if zipfile.is_zipfile(first):
         return "verl"  # torch.save writes a zip too
+    with first.open("rb") as file:
+        if file.read(2) == b"PK":
+            raise CallerError(f"{first}: begins as a zip and does not end as one. Copy it again: it is cut off.")
     try:
         where, record = next(records(first))
     except CallerError as error:
