@@ -115,8 +115,8 @@ def _words(advice: Advice, static: StepPlan, plan: StepPlan, counts_MLRE: Array)
         f" has its own. {homes:.0%} of the experts relocate at the step boundary; neighbouring micro-steps are"
         f" {steady:.0%} alike, so {follow}."
         if advice.slots
-        else f"Balancing pays without spare slots: {homes:.0%} of the experts relocate at the step boundary, which saves"
-        f" {gain}. Copies would cost what they save."
+        else f"Balancing pays without spare slots: {homes:.0%} of the experts relocate at the step boundary, and that"
+        f" saves {gain}. Copies would cost what they save."
     )
     far = (
         (f"{_crossing(plan):.0%} of all token-slots cross between nodes, instead of {_crossing(static):.0%}.",)
