@@ -1,6 +1,6 @@
 """A balanced training step on the wall clock: processes on this machine, against static placement and an even gate.
 
-    flock -x /work/measure.lock nice -n -18 python bench/experts_live.py --part hot   # each writes its part of
+    nice -n -18 python bench/experts_live.py --part hot   # each writes its part of
     python bench/experts_live.py --part cuda                                          # bench/results/experts_live.json
 
 part           ranks  experts' cost                  routes

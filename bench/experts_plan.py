@@ -1,6 +1,6 @@
 """Planning micro-steps: how long, how even, how many copies; and what it would be worth on 64 ranks. Synthetic load.
 
-    flock /work/measure.lock taskset -c 0 python bench/experts_plan.py --part planning --deepseek /path/to/EPLB/eplb.py
+    taskset -c 0 python bench/experts_plan.py --part planning --deepseek /path/to/EPLB/eplb.py
     python bench/experts_plan.py --part study                       # both write into bench/results/experts_plan.json
 
 planning  128 experts, 32 ranks, 2 spare slots, top-8, 8 sequences of 2,048 tokens a micro-batch, in one node and in
