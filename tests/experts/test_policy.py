@@ -341,11 +341,32 @@ def test_the_next_pass_is_fetched_during_this_one() -> None:
     policy = Policy(SHAPE)
     policy.handle(Foreseen(hot(0, 5), (("update", 0), ("update", 1))), 0)
     carried, use = policy.handle(Began("update", 0), 0)
-    ahead = carried.rows[carried.rows[:, 1] >= use.visit + 2 * LAYERS]
+    ahead = carried.rows[(carried.rows[:, 1] >= use.visit + 2 * LAYERS) & (carried.rows[:, 2] == DIRECT)]
     assert len(ahead)
     assert (ahead[:, 0] < use.visit + 2 * LAYERS - 1).all()
     second = policy.handle(Began("update", 1), 1)
     assert all((command.rows[:, 2] == RETURN).all() or not command.fetches for command in second[:-1]), second
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_not_needed_again_goes_home_behind_compute(told: bool) -> None:
+    """Of copies for one micro-step alone, gradients start home after their last visit: nothing is left at the end.
+
+    Where they are needed to the end, none goes home before the last micro-step.
+    """
+    for counts, early in ((hot(0, 5, 3), True), (hot(0, 0, 0), False)):
+        policy, shadow = Policy(SHAPE), Shadow(SHAPE, LATEST)
+        passes = tuple(("update", m) for m in range(3))
+        shadow.begin(policy.handle(Foreseen(counts, passes if told else ()), 0))
+        shadow.run(policy, "update", 0)
+        shadow.run(policy, "update", 1)
+        shadow.carry(10**9)
+        assert (shadow.returned > 0) == early
+        shadow.run(policy, "update", 2)
+        held = shadow.fetched
+        assert not policy.owes_RF.any(), "gradients wait for the end of the step"
+        shadow.finish(policy)
+        assert shadow.returned == held
 
 
 def test_nothing_is_shared_before_a_pass_that_pulls_it() -> None:
@@ -373,7 +394,17 @@ def test_fewest_fetches_for_what_is_known() -> None:
         needs = np.array([(v, page, DIRECT) for v, some in enumerate(needed) for page in some]).reshape(-1, 3)
         empty = [np.full((1, frames), value) for value in (-1, 0, 0, 0)]
         none = np.zeros(visits, dtype=np.int64)
-        rows = carry(*empty, np.array([0, len(needs)]), needs, np.ones(pages, int), none, 0, visits)
+        rows = carry(
+            *empty,
+            np.array([0, len(needs)]),
+            needs,
+            np.ones(pages, int),
+            none,
+            0,
+            visits,
+            np.zeros((1, pages), int),
+            -1,
+        )
         held: set[int] = set()
         fewest = 0
         for v, some in enumerate(needed):

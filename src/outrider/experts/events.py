@@ -46,6 +46,7 @@ Pass = tuple[Stage, int]  # what runs, and which micro-batch
 # Kinds of a Carry row. A cancelled copy still arrives, since what is sent cannot be un-sent; wanted again, it is used.
 RETURN, DIRECT, HOST, CANCEL, WANT = range(5)
 ROW = ("after", "by", "kind", "layer", "expert", "src", "dst", "frame")
+END = 1 << 40  # `by` of what no visit waits for: the end of the step is soon enough
 
 
 class Foreseen(msgspec.Struct, frozen=True, tag=True, eq=False):

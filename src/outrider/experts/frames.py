@@ -18,7 +18,7 @@ import numpy as np
 
 from outrider.errors import LawBroken
 from outrider.experts.compiled import compiled
-from outrider.experts.events import CANCEL, RETURN, WANT, Array
+from outrider.experts.events import CANCEL, END, RETURN, WANT, Array
 
 TABLE = MappingProxyType(  # (state, what happens) -> state; whatever else happens breaks law 4
     {
@@ -80,6 +80,8 @@ def carry(
     backward_V: Array,
     first: int,
     visits: int,
+    last_RP: Array,
+    number: int,
 ) -> Array:
     """Carry rows, not sorted by rank, of the visits from `first` to `first + visits`; needs beyond are fetched ahead.
 
@@ -89,6 +91,8 @@ def carry(
     needs         [n, 3]: visit, page, kind of the transfer; of each rank by visit, from `first` on
     homes_P       home rank of each page
     backward_V    1 where the visit `first + v` has a backward part, for all visits of needs
+    last_RP       [ranks, pages] the last pass that needs each, as far as is known; number: of the one that begins. What
+                  no later pass needs goes home with its gradient as soon as it was used last
     No visit may need more copies of a rank than it has frames.
     """
     ranks, frames = page_RF.shape
@@ -148,8 +152,13 @@ def carry(
                 if backward_V[visit - first]:
                     owes_RF[r, f] = 1
         for f in range(frames):
-            if page_RF[r, f] >= 0:
-                at_P[page_RF[r, f]] = -1
+            page = page_RF[r, f]
+            if page >= 0:
+                at_P[page] = -1
+                if owes_RF[r, f] and next_F[f] == never and last_RP[r, page] <= number:
+                    rows[n_rows] = (last_F[f], END, RETURN, page, 0, r, homes_P[page], f)
+                    n_rows += 1
+                    page_RF[r, f], owes_RF[r, f] = -1, 0
         for n in range(low, high):
             soon_P[needs[n, 1]] = never
     return rows[:n_rows]

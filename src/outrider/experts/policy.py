@@ -113,6 +113,7 @@ class Policy:
         self._passes: tuple[Pass, ...] = ()
         self._began = self._visits = 0  # passes begun, visits of theirs
         self._shared = False  # whether this step's experts lie in shared memory
+        self._last_RP: Array | None = None  # the last pass of the step that needs each page of a rank
         self._coming: Pass = "update", 0  # what was fetched ahead for
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -145,6 +146,7 @@ class Policy:
         """A step begins, or is over."""
         self.counts_MLRE, self._steps, self._passes = counts_MLRE, [], passes
         self.replicas_LRS, self._began, self._visits, self._shared = self._empty(), 0, 0, False
+        self._last_RP = None
         for one in passes:
             if len(one) != 2 or one[0] not in get_args(Stage):
                 raise CallerError(f"passes: {one!r} is none. Give pairs such as ('update', 0), see events.py.")
@@ -202,6 +204,25 @@ class Policy:
         expected, self._coming = coming[0] == self._coming or not first, coming[-1]
         return [*shares, *([Carry(rows)] if len(rows) else []), Use(first, expected, step.quotas, step.most_L)]
 
+    def _order(self) -> Sequence[Pass]:
+        """Passes of the step: as told, or the plain order."""
+        batches = range(0 if self.counts_MLRE is None else len(self.counts_MLRE))
+        return self._passes or [(stage, m) for stage in ("recompute", "update") for m in batches]
+
+    def _last(self, stage: Stage, batch: int) -> tuple[Array, int]:
+        """last_RP and the number of this pass, for `frames.carry`; -1 where it is not known which pass is the last."""
+        order = self._order()
+        size = self.settings.ranks, self.settings.layers * self.settings.experts
+        if stage in ("recompute", "forward") or (stage, batch) not in order:
+            return np.zeros(size, dtype=np.int64), -1
+        if self._last_RP is None:
+            self._last_RP = np.zeros(size, dtype=np.int64)
+            for number, (_, m) in enumerate(order):
+                layer, rank, expert = self._step(m).needs.T
+                self._last_RP[rank, layer * self.settings.experts + expert] = number
+        told = self._began < len(order) and order[self._began] == (stage, batch)
+        return self._last_RP, self._began if told else order.index((stage, batch))
+
     def _guess(self, stage: Stage, batch: int) -> list[Pass]:
         """The pass that comes next where nobody told the order: the next micro-batch, after recompute the update."""
         assert self.counts_MLRE is not None
@@ -249,6 +270,7 @@ class Policy:
             np.array(backward, dtype=np.int64),
             first,
             self._length(coming[0][0]),
+            *self._last(*coming[0]),
         )
         return self._sorted(rows)
 
