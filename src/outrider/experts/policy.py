@@ -7,7 +7,7 @@ gone home, and after Finished nothing is held at all: the optimizer is about to 
 """
 
 from collections.abc import Sequence
-from typing import Any, assert_never, get_args
+from typing import Any, assert_never
 
 import msgspec
 import numpy as np
@@ -37,6 +37,7 @@ from outrider.experts.events import (
     UseLayer,
 )
 from outrider.experts.frames import carry
+from outrider.experts.order import Order
 from outrider.experts.plan import contiguous_homes, plan
 
 HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
@@ -110,8 +111,8 @@ class Policy:
         self.counts_MLRE: Array | None = None
         self.replicas_LRS = self._empty()
         self._steps: list[MicroStep] = []
-        self._passes: tuple[Pass, ...] = ()
-        self._began = self._visits = 0  # passes begun, visits of theirs
+        self._order = Order((), 0)
+        self._visits = 0  # of the passes that have begun
         self._shared = False  # whether this step's experts lie in shared memory
         self._last_RP: Array | None = None  # the last pass of the step that needs each page of a rank
         self._coming: Pass = "update", 0  # what was fetched ahead for
@@ -144,18 +145,12 @@ class Policy:
 
     def _anew(self, counts_MLRE: Array | None, passes: tuple[Pass, ...]) -> None:
         """A step begins, or is over."""
-        self.counts_MLRE, self._steps, self._passes = counts_MLRE, [], passes
-        self.replicas_LRS, self._began, self._visits, self._shared = self._empty(), 0, 0, False
+        self.counts_MLRE, self._steps = counts_MLRE, []
+        self._order = Order(passes, 0 if counts_MLRE is None else len(counts_MLRE))
+        self.replicas_LRS, self._visits, self._shared = self._empty(), 0, False
         self._last_RP = None
-        for one in passes:
-            if len(one) != 2 or one[0] not in get_args(Stage):
-                raise CallerError(f"passes: {one!r} is none. Give pairs such as ('update', 0), see events.py.")
-        for stage, batch in passes:
+        for _, batch in passes:
             self._counts(batch)
-            if stage == "backward" and ("forward", batch) not in passes[: passes.index((stage, batch))]:
-                raise CallerError(
-                    f"passes: backward of micro-batch {batch} has no forward before it. Give them in order."
-                )
 
     def _take(self, homes_LE: Array, quota: Array, most_LM: Array, passes: tuple[Pass, ...]) -> list[Command]:
         """A plan of the whole step is given: take it, and bring masters to where it has them at home."""
@@ -192,46 +187,26 @@ class Policy:
 
     def _begin(self, stage: Stage, batch: int) -> list[Command]:
         self._counts(batch)
-        if self._began < len(self._passes) and self._passes[self._began] == (stage, batch):
-            coming: Sequence[Pass] = self._passes[self._began : self._began + 2]
-        else:  # not as told: take it as it comes
-            coming = [(stage, batch), *self._guess(stage, batch)]
+        number, coming = self._order.begin((stage, batch))
         first, length = self._visits, self._length(stage)
         shares = [] if self._shared or HOST not in {self._kind(one) for one, _ in coming} else self._share()
-        rows = self._carry(coming, first)
-        self._began, self._visits = self._began + 1, first + length
+        rows = self._carry(number, coming, first)
+        self._visits = first + length
         step = self._step(batch)
         expected, self._coming = coming[0] == self._coming or not first, coming[-1]
         return [*shares, *([Carry(rows)] if len(rows) else []), Use(first, expected, step.quotas, step.most_L)]
 
-    def _order(self) -> Sequence[Pass]:
-        """Passes of the step: as told, or the plain order."""
-        batches = range(0 if self.counts_MLRE is None else len(self.counts_MLRE))
-        return self._passes or [(stage, m) for stage in ("recompute", "update") for m in batches]
-
-    def _last(self, stage: Stage, batch: int) -> tuple[Array, int]:
+    def _last(self, stage: Stage, number: int) -> tuple[Array, int]:
         """last_RP and the number of this pass, for `frames.carry`; -1 where it is not known which pass is the last."""
-        order = self._order()
         size = self.settings.ranks, self.settings.layers * self.settings.experts
-        if stage in ("recompute", "forward") or (stage, batch) not in order:
+        if stage in ("recompute", "forward") or number < 0:
             return np.zeros(size, dtype=np.int64), -1
         if self._last_RP is None:
             self._last_RP = np.zeros(size, dtype=np.int64)
-            for number, (_, m) in enumerate(order):
+            for n, (_, m) in enumerate(self._order.passes):
                 layer, rank, expert = self._step(m).needs.T
-                self._last_RP[rank, layer * self.settings.experts + expert] = number
-        told = self._began < len(order) and order[self._began] == (stage, batch)
-        return self._last_RP, self._began if told else order.index((stage, batch))
-
-    def _guess(self, stage: Stage, batch: int) -> list[Pass]:
-        """The pass that comes next where nobody told the order: the next micro-batch, after recompute the update."""
-        assert self.counts_MLRE is not None
-        if (stage, batch) in self._passes:
-            at = self._passes.index((stage, batch)) + 1
-            return list(self._passes[at : at + 1])
-        if stage in ("recompute", "update") and batch + 1 < len(self.counts_MLRE):
-            return [(stage, batch + 1)]
-        return [("update", 0)] if stage == "recompute" else []
+                self._last_RP[rank, layer * self.settings.experts + expert] = n
+        return self._last_RP, number
 
     def _kind(self, stage: Stage) -> int:
         return KINDS[self.settings.recompute if stage == "recompute" else self.settings.update]
@@ -239,8 +214,8 @@ class Policy:
     def _length(self, stage: Stage) -> int:
         return self.settings.layers * (2 if stage == "update" else 1)
 
-    def _carry(self, coming: Sequence[Pass], first: int) -> Array:
-        """Carry rows of the first of these passes, which begins with visit `first`; the next is fetched ahead for."""
+    def _carry(self, number: int, coming: Sequence[Pass], first: int) -> Array:
+        """Carry rows of pass `number`, the first of these, from visit `first` on; the next is fetched ahead for."""
         layers, experts, ranks = self.settings.layers, self.settings.experts, self.settings.ranks
         needs, backward = [], []
         begin = first
@@ -270,7 +245,7 @@ class Policy:
             np.array(backward, dtype=np.int64),
             first,
             self._length(coming[0][0]),
-            *self._last(*coming[0]),
+            *self._last(coming[0][0], number),
         )
         return self._sorted(rows)
 
