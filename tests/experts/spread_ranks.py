@@ -170,6 +170,7 @@ def check_nothing_is_left(rank: int, group: Any, control: Any, lane: Any) -> Non
             assert error.law == 6  # noqa: PT017
         else:
             assert HOMES[expert] == rank, f"expert {expert} of the step before could be used"
+    mover.close()
 
 
 def check_broken_laws(rank: int, group: Any, control: Any, lane: Any) -> None:

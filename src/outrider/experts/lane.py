@@ -39,7 +39,7 @@ class Lane:
         self._cuda: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ended: dict[int, Any] = {}  # CUDA: the event behind a job
         self._jobs: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
-        weakref.finalize(self, self._jobs.put, None)
+        weakref.finalize(self, self._jobs.put, None).atexit = False  # who wakes while Python ends may bring it down
         self._turn = threading.Condition()
         self._put = self._done = 0
         self._doing: tuple[str, float] | None = None
