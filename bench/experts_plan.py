@@ -33,9 +33,10 @@ from experts_eplb import imbalance, peer
 
 from outrider.experts import Policy, Settings, contiguous_homes, plan, rebalance_experts
 from outrider.experts.cost import LINKS, PASSES, SHAPES, Cost, force_balanced_s, modelled
+from outrider.experts.plan import HORIZON
 from outrider.experts.schedule import StepPlan
 from outrider.experts.search import search
-from outrider.experts.ways import HORIZON, Way
+from outrider.experts.ways import Way
 from outrider.lab.clock import Clock
 from outrider.lab.experts_load import REGIMES, synthetic
 from outrider.lab.twins.experts import ExpertsTwin

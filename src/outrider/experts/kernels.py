@@ -167,45 +167,50 @@ def _shift(flow: Flow, e: int, r: int, other: int, amount: int) -> None:
 
 
 @njit(cache=True)
+def _narrowest(flow: Flow, r: int, expert_R: Array, rank_R: Array, inwards: bool) -> tuple[int, int]:
+    """Tokens that the path at r lets through now, into r or out of it; and the rank at its other end."""
+    amount = FAR
+    while rank_R[r] != r:
+        e, other = expert_R[r], rank_R[r]
+        giver, taker = (other, r) if inwards else (r, other)
+        amount = min(amount, flow.tokens_ER[e, giver])
+        if flow.tokens_ER[e, taker] < 0:  # its copy has given way to another
+            amount = 0
+        r = other
+    return amount, r
+
+
+@njit(cache=True)
+def _send(flow: Flow, r: int, expert_R: Array, rank_R: Array, inwards: bool, amount: int) -> None:
+    """Shift so many tokens along the path at r, into r or out of it."""
+    while rank_R[r] != r:
+        e, other = expert_R[r], rank_R[r]
+        _shift(flow, e, other if inwards else r, r if inwards else other, amount)
+        r = other
+
+
+@njit(cache=True)
 def _incoming(flow: Flow, most: int, r: int) -> int:
     """Excess that the path into r can bring now."""
-    amount = FAR
-    while flow.from_rank_R[r] != r:
-        e, before = flow.from_expert_R[r], flow.from_rank_R[r]
-        amount = min(amount, flow.tokens_ER[e, before])
-        if flow.tokens_ER[e, r] < 0:
-            amount = 0
-        r = before
-    return int(min(amount, flow.load_R[r] - most))
+    amount, end = _narrowest(flow, r, flow.from_expert_R, flow.from_rank_R, True)
+    return int(min(amount, flow.load_R[end] - most))
 
 
 @njit(cache=True)
 def _draw(flow: Flow, r: int, amount: int) -> None:
-    while flow.from_rank_R[r] != r:
-        e, before = flow.from_expert_R[r], flow.from_rank_R[r]
-        _shift(flow, e, before, r, amount)
-        r = before
+    _send(flow, r, flow.from_expert_R, flow.from_rank_R, True, amount)
 
 
 @njit(cache=True)
 def _outgoing(flow: Flow, most: int, r: int) -> int:
     """Tokens that the path out of r can take now."""
-    amount = FAR
-    while flow.to_rank_R[r] != r:
-        e, after = flow.to_expert_R[r], flow.to_rank_R[r]
-        amount = min(amount, flow.tokens_ER[e, r])
-        if flow.tokens_ER[e, after] < 0:  # its copy has given way to another
-            amount = 0
-        r = after
-    return int(min(amount, most - flow.load_R[r]))
+    amount, end = _narrowest(flow, r, flow.to_expert_R, flow.to_rank_R, False)
+    return int(min(amount, most - flow.load_R[end]))
 
 
 @njit(cache=True)
 def _pass(flow: Flow, r: int, amount: int) -> None:
-    while flow.to_rank_R[r] != r:
-        e, after = flow.to_expert_R[r], flow.to_rank_R[r]
-        _shift(flow, e, r, after, amount)
-        r = after
+    _send(flow, r, flow.to_expert_R, flow.to_rank_R, False, amount)
 
 
 @njit(cache=True)

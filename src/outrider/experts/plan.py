@@ -15,6 +15,7 @@ import numpy as np
 from outrider.errors import CallerError, LawBroken
 from outrider.experts.events import Array
 
+HORIZON = 3  # micro-steps that plans of whole steps look ahead (docs/log.md)
 LARGEST_RANKS_EXPERTS = 32_767  # what the kernels' compact tables hold
 LARGEST_TOKENS = 2**31 - 1
 

@@ -38,9 +38,8 @@ from outrider.experts.events import (
 )
 from outrider.experts.frames import carry
 from outrider.experts.order import Order
-from outrider.experts.plan import contiguous_homes, plan
+from outrider.experts.plan import HORIZON, contiguous_homes, plan
 
-HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 KINDS = {"direct": DIRECT, "host": HOST}
 
 

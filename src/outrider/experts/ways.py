@@ -13,10 +13,9 @@ import numpy as np
 
 from outrider.experts.cost import Cost
 from outrider.experts.events import Array
-from outrider.experts.plan import Plan, check_rows, plan
+from outrider.experts.plan import HORIZON, Plan, check_rows, plan
 from outrider.experts.schedule import TIERS, StepPlan, assemble, with_homes
 
-HORIZON = 3  # micro-steps that a plan looks ahead (docs/log.md)
 NOTHING, SPLIT, REPLICAS, RELOCATION = range(len(TIERS))
 Progress = Callable[[], None]
 
