@@ -269,6 +269,25 @@ def test_a_slow_rank_gets_fewer_tokens_by_its_bias() -> None:
         assert load[0] + bias == load[1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "bias", "excluded", "slots"),
+    [
+        ([[30, 30], [0, 0], [0, 0]], [-100, -100, 0], [2], 2),
+        ([[2, 12, 0, 8], [22, 20, 0, 0], [0, 0, 0, 38], [23, 0, 0, 0]], [0, -72, -59, -17], [0], 1),
+    ],
+)
+def test_an_excluded_rank_is_not_the_fullest_where_all_others_count_as_idle(
+    rows: list[list[int]], bias: list[int], excluded: list[int], slots: int
+) -> None:
+    counts = np.array([rows])
+    step = plan(counts, slots, bias_LR=np.array([bias]), excluded=excluded)
+    inside, union = step.proof_LE[0].astype(bool), step.proof_LR[0].astype(bool)
+    assert union.any() and not union[excluded].any()
+    open_ranks = np.setdiff1d(np.arange(len(bias)), excluded)
+    most = (step.rank_load()[0] + bias)[open_ranks].max()
+    assert -(-(counts[0].sum(axis=0)[inside].sum() + np.array(bias)[union].sum()) // union.sum()) == most
+
+
 def test_a_negative_count_is_the_caller_s_fault() -> None:
     counts = counted([5, 5], 2)
     counts[0, 1, 0] = -1

@@ -89,6 +89,16 @@ def test_excluded_ranks_do_not_lower_the_mean() -> None:
     table[0, 0, 0] = 2
     found = score(search(table, 1, excluded=(2, 3)), table, excluded=(2, 3))
     assert found["imbalance"]["max"] == found["over_bound"]["max"] == found["imbalance_at_home"]["max"] == 1.0
+    assert found == score(search(table, 1, excluded=(2, 3)), table, excluded=(3, 2, 2)), "a rank is left out once"
+
+
+def test_a_rank_named_twice_is_left_out_once() -> None:
+    """Ranks 0 to 2 must exchange experts to be even: whoever counts two open ranks is content before."""
+    table = np.zeros((1, 1, 4, 6), dtype=np.int64)
+    table[0, 0, 0] = [9, 5, 5, 5, 1, 5]
+    once, twice = (search(table, 0, excluded=some) for some in ((3,), (3, 3)))
+    assert once.most.max() == 10
+    assert once.digest() == twice.digest()
 
 
 def test_spread_of_one_value() -> None:

@@ -29,7 +29,7 @@ def score(plan: StepPlan, counts_MLRE: Array, excluded: Sequence[int] = ()) -> d
     """
     load_LMR = plan.load_of_ranks()
     most_LM, total_LM = load_LMR.max(axis=2), load_LMR.sum(axis=2)
-    open_ranks = load_LMR.shape[2] - len(excluded)
+    open_ranks = load_LMR.shape[2] - len(set(excluded))
     least_LM = -(-total_LM // open_ranks)
     busy = total_LM > 0
     moved = new_copies(plan).sum(axis=(2, 3))
