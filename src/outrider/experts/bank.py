@@ -265,9 +265,9 @@ class _Blocks(torch.autograd.Function):
 
 
 def _computed_in(rows: Tensor) -> torch.dtype:
-    """The type of products, as stock layers have it: that of autocast, in both passes, or that of the rows."""
-    kind = rows.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    """The type of products, as stock layers have it: that of autocast, which lets float64 be, or that of the rows."""
+    kind, casts = rows.device.type, rows.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts and torch.is_autocast_enabled(kind) else rows.dtype
 
 
 def _as_weights_are(x: Tensor) -> torch.autocast:

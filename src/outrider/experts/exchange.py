@@ -33,12 +33,8 @@ class Exchange:
         hops  of all ranks; each round takes some of every source, in their order
         pack  an expert of this rank, flat
         """
-        each = max(1, self.round_bytes // (self.numel * dtype.itemsize))
-        sent, rounds = Counter[int](), defaultdict[int, list[Hop]](list)
-        for hop in hops:
-            rounds[sent[hop[0]] // each].append(hop)
-            sent[hop[0]] += 1
-        return [arrived for number in sorted(rounds) for arrived in self._round(rounds[number], pack, dtype)]
+        cut = rounds(hops, self.numel * dtype.itemsize, self.round_bytes)
+        return [arrived for some in cut for arrived in self._round(some, pack, dtype)]
 
     def _round(
         self, hops: Sequence[Hop], pack: Callable[[int, int], Tensor], dtype: torch.dtype
@@ -76,6 +72,16 @@ class Exchange:
         rows = arrived[0].tolist()
         each = torch.split(arrived[1], [row[5] for row in rows])
         return [(row[0], row[1], (row[2], row[3], row[4]), v.clone()) for row, v in zip(rows, each, strict=True)]
+
+
+def rounds(hops: Sequence[Hop], expert_bytes: int, round_bytes: int) -> list[list[Hop]]:
+    """Hops cut into rounds, in which no source sends more than `round_bytes`, or one expert."""
+    each, sent = max(1, round_bytes // expert_bytes), Counter[int]()
+    cut = defaultdict[int, list[Hop]](list)
+    for hop in hops:
+        cut[sent[hop[0]] // each].append(hop)
+        sent[hop[0]] += 1
+    return [cut[number] for number in sorted(cut)]
 
 
 def settle_sums(blocks: Sequence[SpreadBlock], exchange: Exchange) -> None:

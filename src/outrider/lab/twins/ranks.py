@@ -10,7 +10,6 @@ ones, or than the host's, are taken to be the same link.
 """
 # ruff: noqa: N803, N806, N815 - array names end in a legend of their axes
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from outrider.errors import LawBroken
 from outrider.experts.cost import PASSES, Cost
 from outrider.experts.events import Array, Stage
-from outrider.experts.exchange import CUDA_ROUND_BYTES, Hop
+from outrider.experts.exchange import CUDA_ROUND_BYTES, Hop, rounds
 from outrider.experts.lane import Span
 from outrider.lab.clock import Clock, Timer
 from outrider.lab.twins.links import Crew, Task
@@ -250,16 +249,6 @@ class Meeting:
         self._open -= 1
         if not self._open:
             self._next()
-
-
-def rounds(hops: Sequence[Hop], size_bytes: int, round_bytes: int) -> list[list[Hop]]:
-    """As `Exchange.experts` cuts them: each round takes some of every source, in their order."""
-    each, sent = max(1, round_bytes // size_bytes), Counter[int]()
-    cut: dict[int, list[Hop]] = {}
-    for hop in hops:
-        cut.setdefault(sent[hop[0]] // each, []).append(hop)
-        sent[hop[0]] += 1
-    return [cut[number] for number in sorted(cut)]
 
 
 class Lanes:
